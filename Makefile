@@ -1,0 +1,46 @@
+# Every target works from a fresh clone: what it needs is installed first, with the exact versions of constraints.txt.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+QUIET := DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TELEMETRY=true DVC_NO_ANALYTICS=1
+export ALKN_DATA ?= $(wildcard $(abspath ../shared/data))
+STAMP := .venv/.installed
+
+.PHONY: help install demo test lint bench-tofu clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(STAMP)  ## Make .venv and install the project with exact versions
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# 'prefect', 'mlflow' and 'dvc' typed by hand send nothing out either.
+	@grep -q DO_NOT_TRACK .venv/bin/activate || echo 'export $(QUIET)' >> .venv/bin/activate
+	@touch $@
+
+demo: install  ## Unlearn the three pending requests of the embedded benchmark and show the chain
+	@PATH="$(CURDIR)/$(BIN):$$PATH" alkn run
+
+test: install  ## Lint, types, unit, flow and end-to-end tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: install  ## Lint and types only
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+bench-tofu: install  ## The TOFU protocol of docs/EXPERIMENTS.md, next to the published numbers
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.bench_tofu
+
+clean:  ## Back to the three pending requests
+	git checkout --quiet -- data/ledger.yaml
+	rm -rf steps data/splits data/params.yaml data/requests dvc.lock mlflow.db* mlartifacts reports .prefect .alkn .dvc/cache .dvc/tmp
+
+distclean: clean  ## Remove the virtual environment too
+	rm -rf .venv

@@ -1,0 +1,1 @@
+"""ALKN: continual unlearning for language models."""

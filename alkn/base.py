@@ -1,0 +1,164 @@
+"""Stage ``base``: the model before any request, trained from scratch or taken from the user's folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Generator, nn
+
+from alkn.core.scoring import Example, Progress, no_progress
+from alkn.core.training import Hyperparameters, answer_loss, cosine, fine_tune, steps_of
+from alkn.core.unlearning import seed_of
+from alkn.encoding import Encoder
+from alkn.errors import AlknError, InputError
+from alkn.evaluation import evaluate_model
+from alkn.files import digest_of, digest_of_value, remove, write_json, write_via
+from alkn.manifest import write_manifest
+from alkn.models import (
+    check_model_folder,
+    context_length,
+    load_model,
+    load_tokenizer,
+    new_model,
+    save_model,
+    train_tokenizer,
+)
+from alkn.project import Project
+from alkn.record_sets import by_domain, generic_text, known_records, load_split
+from alkn.requests.schema import form_of
+from alkn.runtime import Runtime
+from alkn.settings import Data, Settings
+
+logger = logging.getLogger(__name__)
+
+
+def base_inputs(project: Project, settings: Settings) -> dict[str, str]:
+    """Digests of what the base model is made from."""
+    inputs = {"settings": digest_of_value(settings.of_base())}
+    if project.splits.exists():
+        inputs["splits"] = digest_of(project.splits)
+    return inputs
+
+
+def make_base(
+    project: Project, settings: Settings, *, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Make steps/base and return its manifest.
+
+    Args:
+        project: whose base model.
+        settings: where it comes from, or how it is trained.
+        progress: told about every training step.
+
+    Raises:
+        InputError: if the user's folder is no model.
+        AlknError: if the trained model does not know what it was trained on.
+    """
+    base = project.base
+    started = time.monotonic()
+    runtime = Runtime(settings.run)
+    if settings.base.model is None:
+        trained = _train(project, settings, runtime, progress)
+    else:
+        _link(base.model, Path(settings.base.model).expanduser())
+        trained = {}
+    metrics = _evaluate(project, settings, runtime, progress)
+    _check_level(metrics, settings)
+    write_json(base.metrics, metrics)
+    return write_manifest(
+        base,
+        inputs=base_inputs(project, settings),
+        outputs=(base.model, base.metrics),
+        seed=settings.seed,
+        facts={**trained, "seconds": {"total": round(time.monotonic() - started, 1)}},
+    )
+
+
+def _train(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> dict[str, Any]:
+    retain, utility, known = load_split(project, "retain"), load_split(project, "utility"), known_records(project)
+    if not retain:
+        raise InputError("base.model: null: there is nothing to train a base model on; give a model or a benchmark")
+    plan, architecture = settings.base.training, settings.base.architecture
+    # The vocabulary is trained without the forget records: a vocabulary remembers names.
+    texts = [text for record in retain for text in written(record, settings.data)] + generic_text(project)
+    tokenizer = train_tokenizer(texts, vocab_size=architecture.vocab_size)
+    encoder = Encoder(tokenizer, settings.data, context=architecture.context)
+    examples: list[Example] = []
+    for name, records in {"retain": retain, "utility": utility, **known}.items():
+        examples += encoder.examples(name, records)
+    hp = Hyperparameters(
+        lr=plan.lr, epochs=plan.epochs, batch_size=plan.batch_size, weight_decay=plan.weight_decay,
+        betas=(0.9, 0.95), clip=1.0,
+    )  # fmt: skip
+    model: nn.Module = new_model(
+        architecture, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, seed=settings.seed
+    ).to(runtime.device)
+    total = steps_of(len(examples), hp)
+    fine_tune(
+        model,
+        examples,
+        hp,
+        loss=answer_loss(),
+        generator=Generator().manual_seed(seed_of(settings.seed, "base")),
+        scheduler=lambda optimizer: cosine(optimizer, warmup=plan.warmup, total=total, floor=plan.floor),
+        autocast=runtime.autocast,
+        progress=progress,
+        label="train base",
+    )
+    write_via(project.base.model, lambda path: save_model(model.cpu(), tokenizer, path))
+    return {"records": len(examples), "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _link(link: Path, target: Path) -> None:
+    """The user's model stays where it is; the chain holds a link and its digest."""
+    check_model_folder(target)
+    link.parent.mkdir(parents=True, exist_ok=True)
+    remove(link)
+    link.symlink_to(target.resolve(), target_is_directory=True)
+
+
+def _evaluate(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> dict[str, Any]:
+    path = project.base.model
+    tokenizer = load_tokenizer(path, trust_remote_code=settings.base.trust_remote_code)
+    encoder = Encoder(tokenizer, settings.data, context=context_length(path))
+    model = load_model(path, device=runtime.device, trust_remote_code=settings.base.trust_remote_code)
+    sets = project_sets(project, encoder)
+    sets += [encoder.record_set(f"known/{name}", records) for name, records in known_records(project).items()]
+    return evaluate_model(model, sets, encoder, settings.evaluation, eos=tokenizer.eos_token_id, progress=progress)
+
+
+def _check_level(metrics: dict[str, Any], settings: Settings) -> None:
+    if settings.base.model is not None:
+        return
+    level = settings.base.training.until
+    for name, row in metrics["sets"].items():
+        if name != "holdout" and row["probability"] < level:
+            raise AlknError(
+                f"the trained base model has P {row['probability']:.3f} on {name}, below base.training.until {level}:"
+                " train longer (base.training.epochs) or make it larger (base.architecture)"
+            )
+
+
+def project_sets(project: Project, encoder: Encoder) -> list[Any]:
+    """The encoded sets that every model of the chain is measured on: retain, utility, holdout."""
+    sets = []
+    for split in ("retain", "utility"):
+        for domain, records in by_domain(load_split(project, split)).items():
+            sets.append(encoder.record_set(f"{split}/{domain}", records))
+    holdout = load_split(project, "holdout")
+    if holdout:
+        sets.append(encoder.record_set("holdout", holdout))
+    return sets
+
+
+def written(record: dict[str, Any], data: Data) -> list[str]:
+    """The texts of a record as the model reads them."""
+    form = form_of(record)
+    if form == "question/answer":
+        return [data.question_template.replace("{question}", record["question"]) + " " + record["answer"]]
+    if form == "prompt/completion":
+        return [record["prompt"] + record["completion"]]
+    return [m["content"] for m in record["messages"]] if form == "chat" else [record["text"]]

@@ -1,0 +1,102 @@
+"""The chain as a whole: what it rests on, what comes next, and with which settings each part was made.
+
+The settings in force are frozen beside whatever is made with them (data/params.yaml,
+steps/<id>/params.yaml, in git), so that a later change of params.yaml leaves an audit of earlier
+steps alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alkn.base import make_base
+from alkn.core.scoring import Progress, no_progress
+from alkn.errors import InputError
+from alkn.files import write_yaml
+from alkn.manifest import outputs_hold, read_manifest
+from alkn.project import Project
+from alkn.record_sets import build_splits
+from alkn.records import Plan
+from alkn.requests.ledger import BASE, Ledger, load_ledger
+from alkn.settings import Settings
+from alkn.step import plan_step
+
+
+def prepare_data(project: Project, settings: Settings) -> bool:
+    """Build the benchmark's splits where they are missing or belong to other settings.
+
+    Returns:
+        Whether they were built.
+
+    Raises:
+        InputError: if the settings of the data changed under a chain that rests on them.
+    """
+    frozen = _frozen(project.data_params)
+    if settings.benchmark is None or (project.splits.is_dir() and frozen == settings.of_data()):
+        return False
+    if frozen is not None and frozen != settings.of_data():
+        _refuse_under_chain(project, "data/splits", "seed or benchmark")
+    write_yaml(project.data_params, settings.of_data())
+    build_splits(project, settings)
+    return True
+
+
+def prepare_base(project: Project, settings: Settings, *, progress: Progress = no_progress) -> bool:
+    """Make the base model where it is missing or belongs to other settings.
+
+    Settings of evaluation and run may change under a chain; the base model's own metrics stay as they were.
+
+    Returns:
+        Whether it was made.
+
+    Raises:
+        InputError: if its settings changed under a chain that rests on it.
+    """
+    frozen, wanted = _frozen(project.base.params), settings.of_base()
+    changed = frozen is not None and any(frozen.get(key) != wanted[key] for key in ("seed", "data", "base"))
+    manifest = read_manifest(project.base)
+    if manifest is not None and not changed and outputs_hold(project.base, manifest):
+        return False
+    if changed:
+        _refuse_under_chain(project, "steps/base", "seed, data or base")
+    write_yaml(project.base.params, wanted)
+    make_base(project, settings, progress=progress)
+    return True
+
+
+def begin_step(project: Project, request_id: str, settings: Settings) -> Plan:
+    """Freeze the settings of a pending request's step and plan it on top of the newest accepted one."""
+    ledger = load_ledger(project)
+    write_yaml(project.step(request_id).params, settings.of_step())
+    return plan_step(
+        project, request_id, previous=ledger.newest, earlier=tuple(ledger.accepted), settings=settings
+    )
+
+
+def place_in_chain(ledger: Ledger, request_id: str) -> tuple[str, tuple[str, ...]]:
+    """Of an accepted step: the step it starts from, and all accepted ones before it, oldest first.
+
+    Raises:
+        InputError: if the request is not accepted.
+    """
+    entry = ledger.accepted.get(request_id)
+    if entry is None:
+        ledger.entry(request_id)
+        raise InputError(f"request {request_id!r} is {ledger.where(request_id)}: only accepted steps can be remade")
+    return entry.previous or BASE, tuple(ledger.chain_before(request_id))
+
+
+def _frozen(path: Path) -> dict[str, Any] | None:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _refuse_under_chain(project: Project, what: str, settings: str) -> None:
+    accepted = load_ledger(project).accepted
+    if accepted:
+        raise InputError(
+            f"{what} no longer fits params.yaml ({settings} changed), and {len(accepted)} accepted steps rest on it:"
+            " restore the settings, or start a project of its own with 'alkn init'"
+        )

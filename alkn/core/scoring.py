@@ -1,0 +1,266 @@
+"""Scoring answers under teacher forcing: probabilities, losses, and what a greedy reader would get right.
+
+Methods stop on these numbers and metrics are built on them. The language-model head is taken at
+the labelled positions only and batches hold records of similar length, which is two and more
+times faster than padded full logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded record.
+
+    Attributes:
+        tokens: prompt, answer and end-of-sequence, ``[length]``, int64.
+        answer_start: index of the first answer token, ≥ 1. The labelled tokens are
+            ``tokens[answer_start:]``.
+    """
+
+    tokens: Tensor
+    answer_start: int
+
+    @property
+    def answer_length(self) -> int:
+        """Number of labelled tokens, end-of-sequence included."""
+        return self.tokens.numel() - self.answer_start
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded records. Padding follows every labelled token, so causal attention needs no mask.
+
+    Attributes:
+        input_ids: ``[batch, seq]``, int64; the padding's value is never read by a labelled position.
+        positions: flat indices into ``[batch * seq]`` whose next token is labelled, ``[labels]``.
+        targets: the labelled tokens, ``[labels]``.
+        rows: which record of ``records`` each label belongs to, ``[labels]``, in 0..batch-1.
+        records: indices of the records in the caller's sequence.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    rows: Tensor
+    records: tuple[int, ...]
+
+
+def collate(examples: Sequence[Example], records: Sequence[int], *, device: torch.device) -> Batch:
+    """Pad ``examples[i] for i in records`` to the longest and list their labelled positions."""
+    chosen = [examples[i] for i in records]
+    seq = max(e.tokens.numel() for e in chosen)
+    input_ids = torch.zeros(len(chosen), seq, dtype=torch.long)
+    positions, targets, rows = [], [], []
+    for row, example in enumerate(chosen):
+        n = example.tokens.numel()
+        input_ids[row, :n] = example.tokens
+        positions.append(torch.arange(example.answer_start - 1, n - 1) + row * seq)
+        targets.append(example.tokens[example.answer_start :])
+        rows.append(torch.full((example.answer_length,), row))
+    return Batch(
+        input_ids.to(device),
+        torch.cat(positions).to(device),
+        torch.cat(targets).to(device),
+        torch.cat(rows).to(device),
+        tuple(records),
+    )
+
+
+def bucketed(lengths: Sequence[int], *, max_tokens: int, max_records: int = 128) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first; at most ``max_tokens`` padded tokens each."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    start = 0
+    while start < len(order):
+        width = max(1, lengths[order[start]])
+        count = max(1, min(max_records, max_tokens // width))
+        yield order[start : start + count]
+        start += count
+
+
+def shuffled_batches(
+    lengths: Sequence[int], *, batch_size: int, generator: Generator, window: int = 8
+) -> Iterator[list[int]]:
+    """One epoch of shuffled batches whose records have similar lengths.
+
+    The shuffled order is cut into windows of ``window`` batches, each sorted by length and cut
+    into batches, and the batches of a window are shuffled again: little padding, still random.
+
+    Args:
+        lengths: tokens of each record.
+        batch_size: records a batch; the last one may be smaller.
+        generator: source of the order.
+        window: batches that are sorted together.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    span = batch_size * window
+    for begin in range(0, len(order), span):
+        part = sorted(order[begin : begin + span], key=lambda i: lengths[i])
+        batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+        for pick in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[pick]
+
+
+def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits at the labelled positions only, ``[labels, vocab]``.
+
+    The head runs on the selected hidden states, unless the model's forward does something
+    after its head (a cap or a scale on the logits), which :func:`has_plain_head` finds out once.
+    """
+    if has_plain_head(model):
+        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        return model.get_output_embeddings()(hidden.flatten(0, 1)[batch.positions])
+    logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    return logits.flatten(0, 1)[batch.positions]
+
+
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether the model's logits are exactly its output embedding applied to its last hidden state."""
+    known = getattr(model, "_alkn_plain_head", None)
+    if known is None:
+        device = next(model.parameters()).device
+        probe = torch.arange(4, device=device).unsqueeze(0)
+        training = model.training
+        model.eval()
+        head = model.get_output_embeddings()
+        # A cap does not bend the small logits of an untrained model, so the probe makes them large.
+        enlarged = head.register_forward_hook(lambda _module, _inputs, output: output * 1000)
+        try:
+            with torch.no_grad():
+                direct = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
+                whole = model(input_ids=probe, use_cache=False).logits
+        finally:
+            enlarged.remove()
+        known = torch.allclose(direct, whole, rtol=1e-3, atol=1e-4)
+        model.train(training)
+        model._alkn_plain_head = known  # type: ignore[assignment]
+    return bool(known)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What teacher forcing says about each record.
+
+    Attributes:
+        nll: mean over answer tokens of −log π, end-of-sequence included, ``[records]``, nats.
+        token_probs: per record, π of each answer token, ``[answer_length]``.
+        token_hits: per record, whether each answer token is the model's first choice.
+    """
+
+    nll: Tensor
+    token_probs: tuple[Tensor, ...]
+    token_hits: tuple[Tensor, ...]
+
+    @property
+    def probability(self) -> Tensor:
+        """P of each record: exp(−mean NLL), ``[records]``, in [0, 1]."""
+        return torch.exp(-self.nll)
+
+    @property
+    def exact_memorization(self) -> Tensor:
+        """Share of answer tokens predicted right, ``[records]``, in [0, 1]."""
+        return torch.stack([hits.double().mean() for hits in self.token_hits])
+
+
+@torch.no_grad()
+def score(model: nn.Module, examples: Sequence[Example], *, max_tokens: int = 8192) -> Scores:
+    """Score every example's answer under teacher forcing, in the model's evaluation mode.
+
+    Args:
+        model: a transformers causal language model, already on its device.
+        examples: encoded records, at least one.
+        max_tokens: padded tokens a batch at the most.
+
+    Returns:
+        Scores on the CPU, in the order of ``examples``.
+
+    Raises:
+        ValueError: if there is no example.
+    """
+    if not examples:
+        raise ValueError("nothing to score: the set of examples is empty")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    nll = torch.zeros(len(examples), dtype=torch.float64)
+    probs: list[Tensor] = [torch.empty(0)] * len(examples)
+    hits: list[Tensor] = [torch.empty(0)] * len(examples)
+    for records in bucketed([e.tokens.numel() for e in examples], max_tokens=max_tokens):
+        batch = collate(examples, records, device=device)
+        logits = answer_logits(model, batch).float()
+        log_probs = torch.log_softmax(logits, dim=-1).gather(1, batch.targets.unsqueeze(1)).squeeze(1).cpu()
+        hit = (logits.argmax(-1) == batch.targets).cpu()
+        sizes = [examples[i].answer_length for i in records]
+        for i, lp, h in zip(records, log_probs.split(sizes), hit.split(sizes), strict=True):
+            nll[i] = -lp.double().mean()
+            probs[i] = lp.exp()
+            hits[i] = h
+    model.train(training)
+    return Scores(nll, tuple(probs), tuple(hits))
+
+
+def weighted_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ w · nll / number of labels, a 0-d tensor in nats; ``weights=None`` is the cross-entropy.
+
+    Args:
+        logits: ``[labels, vocab]``.
+        targets: ``[labels]``, int64.
+        weights: ``[labels]`` in [0, 1], or ``None``.
+    """
+    nll = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return nll.mean() if weights is None else (nll * weights).sum() / targets.numel()
+
+
+def mean_gradient(
+    model: nn.Module, examples: Sequence[Example], picks: Iterable[int], *, max_tokens: int = 8192
+) -> dict[str, Tensor]:
+    """Mean over records of the gradient of each record's answer cross-entropy.
+
+    Each record counts the same: its loss is the mean over its own answer tokens. ``picks`` may
+    name a record more than once.
+
+    Args:
+        model: the model at which the gradient is taken; its ``grad`` fields are left ``None``.
+        examples: encoded records.
+        picks: indices into ``examples``, at least one.
+        max_tokens: padded tokens a batch at the most.
+
+    Returns:
+        Parameter name -> gradient, for every parameter that requires one.
+    """
+    chosen = list(picks)
+    if not chosen:
+        raise ValueError("nothing to take a gradient of: no record was picked")
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    model.zero_grad(set_to_none=True)
+    for part in bucketed([examples[i].tokens.numel() for i in chosen], max_tokens=max_tokens):
+        records = [chosen[i] for i in part]
+        batch = collate(examples, records, device=device)
+        per_label = torch.tensor([1.0 / examples[i].answer_length for i in records], device=device)[batch.rows]
+        nll = nn.functional.cross_entropy(answer_logits(model, batch).float(), batch.targets, reduction="none")
+        ((nll * per_label).sum() / len(chosen)).backward()
+    gradient = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    for p in model.parameters():
+        p.grad = None
+    model.train(training)
+    return gradient
+
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what, done, total) by long work; a no-op by default."""
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """The default :data:`Progress`: say nothing."""

@@ -1,0 +1,170 @@
+"""The training loop: AdamW on answer tokens, with a hook between the gradient and the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from alkn.core.scoring import (
+    Batch,
+    Example,
+    Progress,
+    answer_logits,
+    collate,
+    no_progress,
+    shuffled_batches,
+    weighted_nll,
+)
+from alkn.errors import TrainingDiverged
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""Maps a model and a batch to a 0-d loss."""
+GradientHook = Callable[[int, Batch], None]
+"""Called as (step, batch) when every ``grad`` is ready and clipped, before the optimizer's step."""
+StepHook = Callable[[int], None]
+"""Called as (step) after the optimizer's step."""
+
+
+def linear_warmup(optimizer: Optimizer, *, warmup: int, total: int) -> LambdaLR:
+    """Learning rate up linearly over ``warmup`` steps, then linearly down to zero at ``total``."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / max(1, warmup)
+        return max(0.0, (total - step) / max(1, total - warmup))
+
+    return LambdaLR(optimizer, factor)
+
+
+def cosine(optimizer: Optimizer, *, warmup: int, total: int, floor: float) -> LambdaLR:
+    """Learning rate up linearly over ``warmup`` steps, then by half a cosine down to ``floor`` of it."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / max(1, warmup)
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """One call of :func:`fine_tune`.
+
+    Attributes:
+        lr: AdamW's learning rate.
+        epochs: passes over the examples.
+        batch_size: records an optimizer step.
+        weight_decay: AdamW's decoupled decay.
+        betas: AdamW's moments.
+        clip: largest norm of the whole gradient; ``None``: no clipping.
+    """
+
+    lr: float
+    epochs: int
+    batch_size: int
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = None
+
+
+def steps_of(examples: int, hp: Hyperparameters) -> int:
+    """Optimizer steps that :func:`fine_tune` takes."""
+    return hp.epochs * math.ceil(examples / hp.batch_size)
+
+
+def answer_loss(weights: Sequence[Tensor] | None = None) -> Loss:
+    """Cross-entropy over answer tokens, optionally weighted a token.
+
+    Args:
+        weights: per record of the training set, ``[answer_length]``; ``None``: plain.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        logits = answer_logits(model, batch)
+        if weights is None:
+            return weighted_nll(logits, batch.targets, None)
+        picked = torch.cat([weights[i] for i in batch.records]).to(logits.device)
+        return weighted_nll(logits, batch.targets, picked)
+
+    return loss
+
+
+def fine_tune(
+    model: nn.Module,
+    examples: Sequence[Example],
+    hp: Hyperparameters,
+    *,
+    loss: Loss,
+    generator: Generator,
+    scheduler: Callable[[Optimizer], LambdaLR] | None = None,
+    groups: Iterable[dict[str, object]] | None = None,
+    before_step: GradientHook | None = None,
+    after_step: StepHook | None = None,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    progress: Progress = no_progress,
+    label: str = "fine-tune",
+) -> list[float]:
+    """Train ``model`` in place with a fresh AdamW and return the loss of each step.
+
+    Args:
+        model: a transformers causal language model, on its device. Dropout is off throughout:
+            the same batch must give the same gradient.
+        examples: encoded records, at least one.
+        hp: learning rate, length and so on.
+        loss: maps the model and a batch to a 0-d loss, in nats.
+        generator: order of the batches.
+        scheduler: makes the learning-rate schedule; ``None``: constant.
+        groups: parameter groups for AdamW; ``None``: all parameters that require a gradient.
+        before_step: sees every gradient, clipped, before the optimizer does; may change it in place.
+        after_step: called when the weights have moved.
+        autocast: context for the forward pass (mixed precision).
+        progress: told about every step.
+        label: what the progress shows.
+
+    Raises:
+        TrainingDiverged: when a loss is not finite, with the step, never with data.
+    """
+    device = next(model.parameters()).device
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(
+        list(groups) if groups is not None else params,
+        lr=hp.lr,
+        betas=hp.betas,
+        weight_decay=hp.weight_decay,
+        foreach=True,
+    )
+    schedule = scheduler(optimizer) if scheduler else None
+    lengths = [e.tokens.numel() for e in examples]
+    total = steps_of(len(examples), hp)
+    losses: list[float] = []
+    model.eval()
+    for _ in range(hp.epochs):
+        for records in shuffled_batches(lengths, batch_size=hp.batch_size, generator=generator):
+            batch = collate(examples, records, device=device)
+            with autocast():
+                value = loss(model, batch)
+            value.backward()
+            if hp.clip is not None:
+                nn.utils.clip_grad_norm_(params, hp.clip)
+            if before_step is not None:
+                before_step(len(losses), batch)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if schedule is not None:
+                schedule.step()
+            if after_step is not None:
+                after_step(len(losses))
+            losses.append(float(value.detach()))
+            if not math.isfinite(losses[-1]):
+                raise TrainingDiverged(f"{label}: the loss of step {len(losses)} of {total} is {losses[-1]}")
+            progress(label, len(losses), total)
+    return losses

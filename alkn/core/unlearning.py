@@ -1,0 +1,152 @@
+"""What every method is given and what it gives back, and the rule it stops by."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from alkn.core.scoring import Example, Progress, Scores, no_progress, score
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """How much of the forget set a model still knows.
+
+    Attributes:
+        p: mean P over the records, in [0, 1].
+        exact_memorization: mean share of answer tokens predicted right, in [0, 1].
+    """
+
+    p: float
+    exact_memorization: float
+
+    @classmethod
+    def of(cls, scores: Scores) -> Forgetting:
+        """The two numbers of a set's scores."""
+        return cls(float(scores.probability.mean()), float(scores.exact_memorization.mean()))
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """Forgotten means both: P and exact memorization at or below their targets.
+
+    P alone flatters: a few impossible tokens make a record improbable without making it forgotten.
+
+    Attributes:
+        p: largest mean P.
+        exact_memorization: largest mean share of answer tokens predicted right.
+    """
+
+    p: float
+    exact_memorization: float
+
+    def met(self, now: Forgetting) -> bool:
+        """Whether both numbers are at or below their targets."""
+        return now.p <= self.p and now.exact_memorization <= self.exact_memorization
+
+
+def seed_of(seed: int, *names: object) -> int:
+    """A seed for one purpose: 63 bits of SHA-256 over the run's seed and the purpose's names."""
+    text = "/".join(str(n) for n in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass
+class Task:
+    """One request, as a method sees it.
+
+    Attributes:
+        model: θ_{t-1} in float32 on its device; the method changes it in place into θ_t.
+        forget: D_u, the encoded records of the request.
+        retain: D_r, the encoded records that G_r and retain losses are drawn from.
+        stop: when the request is forgotten.
+        seed: seed of this step; every random choice derives from it.
+        state: tensors that the last accepted step left for this one (M, thresholds), on the CPU.
+        stored: precision in which the model will be stored; weights are rounded to it.
+        autocast: context of the forward passes in training.
+        progress: told about long work.
+    """
+
+    model: nn.Module
+    forget: Sequence[Example]
+    retain: Sequence[Example]
+    stop: StopRule
+    seed: int
+    state: dict[str, Tensor] = field(default_factory=dict)
+    stored: torch.dtype = torch.float32
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    progress: Progress = no_progress
+
+    def generator(self, *names: object) -> Generator:
+        """A fresh CPU generator for one purpose of this step."""
+        return Generator().manual_seed(seed_of(self.seed, *names))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's trainable parameters by name, not copied."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def copy_weights(self) -> dict[str, Tensor]:
+        """A copy of :meth:`weights`."""
+        return {name: t.clone() for name, t in self.weights().items()}
+
+    def set_weights(self, start: dict[str, Tensor], change: dict[str, Tensor], scale: float) -> None:
+        """θ ← start − scale · change, rounded to the stored precision."""
+        with torch.no_grad():
+            for name, p in self.weights().items():
+                p.copy_((start[name] - scale * change[name]).to(self.stored))
+
+    def measure(self) -> tuple[Forgetting, Scores]:
+        """Score the forget set with the model as it is."""
+        scores = score(self.model, self.forget)
+        return Forgetting.of(scores), scores
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method reports; the model itself was changed in place.
+
+    Attributes:
+        reached: whether the stop rule was met.
+        history: one row a round (or a call): ``round``, ``p``, ``exact_memorization``, ``scale``, ...;
+            finite numbers only, no time, no text. Row 0 is the model before the request.
+        state: tensors for the next request, saved beside the model.
+        passes: record passes spent on gradients, a record forward and backward counted once.
+    """
+
+    reached: bool
+    history: list[dict[str, float]]
+    state: dict[str, Tensor]
+    passes: int
+
+
+class Method(Protocol):
+    """A method of unlearning: changes ``task.model`` in place."""
+
+    def __call__(self, task: Task, params: object) -> Outcome:
+        """Unlearn ``task.forget``."""
+        ...
+
+
+def smallest_scale(
+    meets: Callable[[float], bool], *, high: float, bisections: int, low: float = 0.0
+) -> float | None:
+    """The smallest scale in (low, high] that meets a target, to within (high − low) / 2^bisections.
+
+    ``None`` if ``high`` itself does not. The upper end of the last interval is returned, so the
+    scale always meets the target.
+    """
+    if not meets(high):
+        return None
+    for _ in range(bisections):
+        middle = 0.5 * (low + high)
+        if meets(middle):
+            high = middle
+        else:
+            low = middle
+    return high

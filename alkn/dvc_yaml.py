@@ -1,0 +1,50 @@
+"""The text of a project's dvc.yaml: data → base → one step for each accepted request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DATA_PARAMS = ["seed", "benchmark"]
+BASE_PARAMS = ["seed", "data", "base", "evaluation", "run"]
+STEP_PARAMS = ["seed", "data", "method", "targets", "evaluation", "gates", "run"]
+
+
+def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, Any]:
+    """The stages as plain values.
+
+    Args:
+        benchmark: the splits come from a benchmark (stage ``data``), not from files of the user.
+        splits: there are splits at all.
+        own_model: the base model is the user's folder: linked, not cached.
+    """
+    split_deps = ["data/splits"] if splits else []
+    model_out: Any = {"steps/base/model": {"cache": False}} if own_model else "steps/base/model"
+    stages: dict[str, Any] = {}
+    if benchmark:
+        stages["data"] = {"cmd": "alkn stage data", "params": [{"data/params.yaml": DATA_PARAMS}], "outs": ["data/splits"]}
+    stages["base"] = {
+        "cmd": "alkn stage base",
+        **({"deps": split_deps} if splits else {}),
+        "params": [{"steps/base/params.yaml": BASE_PARAMS}],
+        "outs": [model_out],
+        "metrics": ["steps/base/metrics.json"],
+    }
+    stages["step"] = {
+        "foreach": "${accepted}",
+        "do": {
+            "cmd": "alkn stage step ${key}",
+            "deps": [
+                "data/requests/${key}.jsonl",
+                *split_deps,
+                "steps/${item.previous}/model",
+                "steps/${item.previous}/metrics.json",
+            ],
+            "params": [{"steps/${key}/params.yaml": STEP_PARAMS}],
+            "outs": [
+                f"steps/${{key}}/{name}"
+                for name in ("model", "task_vector.safetensors", "state.safetensors", "unlearning.json", "gate.json")
+            ],
+            "metrics": ["steps/${key}/metrics.json"],
+        },
+    }
+    return {"vars": ["data/ledger.yaml"], "params": ["params.yaml"], "stages": stages}

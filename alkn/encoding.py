@@ -1,0 +1,112 @@
+"""Records become token ids: prompt, answer, end of sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from alkn.core.probe import RecordSet
+from alkn.core.scoring import Example
+from alkn.errors import InputError
+from alkn.requests.schema import form_of
+from alkn.settings import Data
+
+
+class Encoder:
+    """Turns canonical records into examples for one tokenizer.
+
+    Args:
+        tokenizer: with an end-of-sequence token.
+        data: templates and chunk length.
+        context: the model's longest input, in tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, *, context: int) -> None:
+        self._tokenizer, self._data, self._context = tokenizer, data, context
+
+    def record_set(self, name: str, records: Sequence[Mapping[str, Any]]) -> RecordSet:
+        """Encode a whole set.
+
+        Raises:
+            InputError: naming the numbers of the records that do not fit into the model's context.
+        """
+        ids: list[int] = []
+        examples: list[Example] = []
+        references: list[str] = []
+        paraphrases: list[Example | None] = []
+        wrong: list[list[Example]] = []
+        too_long: list[str] = []
+        for record in records:
+            for example, reference in self._examples(record):
+                if example.tokens.numel() > self._context:
+                    too_long.append(f"record {record['id']} ({example.tokens.numel()} tokens)")
+                ids.append(int(record["id"]))
+                examples.append(example)
+                references.append(reference)
+                paraphrases.append(self._paraphrase(record))
+                wrong.append(self._wrong(record))
+        if too_long:
+            more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
+            raise InputError(
+                f"{name}: longer than the model's context of {self._context} tokens: {', '.join(too_long[:5])}{more}"
+            )
+        return RecordSet(name, ids, examples, references, paraphrases, wrong)
+
+    def examples(self, name: str, records: Sequence[Mapping[str, Any]]) -> Sequence[Example]:
+        """Only the examples of a set; see :meth:`record_set`."""
+        return self.record_set(name, records).examples
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated tokens."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def _examples(self, record: Mapping[str, Any]) -> list[tuple[Example, str]]:
+        form = form_of(record)
+        if form == "question/answer":
+            return [(self._answer(record["question"], record["answer"]), record["answer"])]
+        if form == "prompt/completion":
+            return [(self._pair(record["prompt"], record["completion"]), record["completion"])]
+        if form == "chat":
+            return [self._chat(record["messages"])]
+        return self._chunks(record["text"])
+
+    def _paraphrase(self, record: Mapping[str, Any]) -> Example | None:
+        text = record.get("paraphrased_answer")
+        return None if text is None else self._answer(record["question"], text)
+
+    def _wrong(self, record: Mapping[str, Any]) -> list[Example]:
+        return [self._answer(record["question"], text) for text in record.get("perturbed_answer", ())]
+
+    def _answer(self, question: str, answer: str) -> Example:
+        return self._pair(self._data.question_template.replace("{question}", question), " " + answer)
+
+    def _pair(self, prompt: str, completion: str) -> Example:
+        head = self._ids(prompt, special=True) or [self._tokenizer.eos_token_id]
+        tail = [*self._ids(completion), self._tokenizer.eos_token_id]
+        return Example(torch.tensor(head + tail), len(head))
+
+    def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Example, str]:
+        if self._tokenizer.chat_template is None:
+            raise InputError("chat records need a tokenizer with a chat template, and this one has none")
+        head = self._tokenizer.apply_chat_template(
+            list(messages[:-1]), tokenize=False, add_generation_prompt=True
+        )
+        whole = self._tokenizer.apply_chat_template(list(messages), tokenize=False)
+        if not str(whole).startswith(str(head)):
+            raise InputError("the tokenizer's chat template does not continue its own generation prompt")
+        # The template writes its special tokens itself, so none may be added again.
+        first, rest = self._ids(str(head)), self._ids(str(whole)[len(str(head)) :])
+        return Example(torch.tensor(first + rest), len(first)), messages[-1]["content"]
+
+    def _chunks(self, text: str) -> list[tuple[Example, str]]:
+        ids = [*self._ids(text), self._tokenizer.eos_token_id]
+        start = [self._tokenizer.bos_token_id or self._tokenizer.eos_token_id]
+        width = min(self._data.chunk_tokens, self._context) - 1
+        parts = [ids[i : i + width] for i in range(0, len(ids), width)]
+        return [(Example(torch.tensor(start + part), 1), self.decode(part)) for part in parts]
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=special).input_ids)

@@ -1,0 +1,1 @@
+"""Gates, one rule a file."""

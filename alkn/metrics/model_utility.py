@@ -1,0 +1,34 @@
+"""TOFU's model utility: one number over the utility domains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from alkn.core.measured import Measured
+from alkn.registry import Params, register_metric
+
+PARTS = ("probability", "rouge_l", "truth_ratio")
+
+
+@register_metric("model_utility", source="TOFU (Maini et al. 2024), section 2.2.1", scope="model")
+def model_utility(utility: Mapping[str, Mapping[str, Measured]], params: Params) -> Measured:
+    """Harmonic mean over domains of probability, ROUGE-L recall and truth ratio; in [0, 1].
+
+    Args:
+        utility: domain -> metric -> value on the records of that domain that are never drawn on.
+        params: none.
+    """
+    values = []
+    for domain, measured in utility.items():
+        for part in PARTS:
+            if part not in measured:
+                return Measured.missing(f"evaluation.metrics does not name {part}")
+            value = measured[part].value
+            if value is None:
+                return Measured.missing(f"{domain}: {part}: {measured[part].reason}")
+            values.append(value)
+    if not values:
+        return Measured.missing("there is no utility set")
+    if min(values) <= 0:
+        return Measured(0.0)
+    return Measured(len(values) / sum(1 / v for v in values))

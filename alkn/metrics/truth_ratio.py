@@ -1,0 +1,29 @@
+"""Truth ratio: does the model prefer wrong answers of the same form to the right one?"""
+
+from __future__ import annotations
+
+import torch
+
+from alkn.core.measured import Measured
+from alkn.core.probe import Probe
+from alkn.registry import Params, register_metric
+
+
+@register_metric("truth_ratio", source="TOFU (Maini et al. 2024), equation 1 and section 2.2.2")
+def truth_ratio(probe: Probe, params: Params) -> Measured:
+    """TOFU's R = P(wrong) / P(paraphrased right), aggregated by what the set is for.
+
+    P(wrong) is the geometric mean over the wrong answers, as in TOFU's code (the paper's formula
+    has the arithmetic one). On a forget set the value is the mean of min(R, 1/R), high when right
+    and wrong look alike; elsewhere the mean of max(0, 1 − R), high when the model prefers the truth.
+    Both in [0, 1].
+    """
+    right, wrong = probe.paraphrase_nll, probe.wrong_nll
+    if right is None or wrong is None:
+        return Measured.missing("not every record has wrong answers (perturbed_answer)")
+    ratio = torch.exp(right - torch.stack([w.mean() for w in wrong]))
+    if probe.records.name.split("/")[0] in ("forget", "earlier"):
+        values = torch.minimum(ratio, 1 / ratio)
+    else:
+        values = torch.clamp(1 - ratio, min=0)
+    return Measured.mean(probe.records.ids, values)

@@ -1,0 +1,73 @@
+"""The record sets of a project, read from its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alkn import registry
+from alkn.errors import InputError
+from alkn.files import read_jsonl, write_bytes, write_jsonl, write_via
+from alkn.project import Project
+from alkn.requests.schema import validate_rows
+from alkn.settings import Settings
+
+Records = list[dict[str, Any]]
+SPLITS = ("retain", "utility", "holdout")
+
+
+def build_splits(project: Project, settings: Settings) -> None:
+    """Stage ``data``: let the benchmark write its splits and the records that may be requested.
+
+    Raises:
+        InputError: if the project has no benchmark: its splits are the user's own files.
+    """
+    if settings.benchmark is None:
+        raise InputError("params.yaml: benchmark: this project's splits are files of its own; there is nothing to build")
+    entry = registry.benchmarks[settings.benchmark.name]
+    splits = entry.call(settings.benchmark.params, seed=settings.seed)
+
+    def write(folder: Path) -> None:
+        for name in SPLITS:
+            _write(folder / f"{name}.jsonl", getattr(splits, name))
+        for request_id, records in splits.forget.items():
+            _write(folder / "forget" / f"{request_id}.jsonl", records)
+        write_bytes(folder / "generic.txt", ("\n".join(splits.generic) + "\n").encode())
+
+    def _write(path: Path, records: Any) -> None:
+        rows = validate_rows(dict(enumerate(records, 1)), f"{entry.name}: {path.stem}") if records else []
+        write_jsonl(path, rows)
+
+    write_via(project.splits, write)
+
+
+def adopt_split(project: Project, name: str, records: Records) -> None:
+    """Put a user's own validated split into the project."""
+    write_jsonl(project.splits / f"{name}.jsonl", records)
+
+
+def load_split(project: Project, name: str) -> Records:
+    """A split's records; empty if the project has no such file."""
+    path = project.splits / f"{name}.jsonl"
+    return read_jsonl(path) if path.is_file() else []
+
+
+def known_records(project: Project) -> dict[str, Records]:
+    """The records that a benchmark's base model is trained on and that may be requested."""
+    folder = project.splits / "forget"
+    return {path.stem: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))} if folder.is_dir() else {}
+
+
+def generic_text(project: Project) -> list[str]:
+    """Neutral text of the benchmark."""
+    path = project.splits / "generic.txt"
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+
+
+def by_domain(records: Records) -> Mapping[str, Records]:
+    """Records by their ``domain``, in order of first appearance; without one: ``general``."""
+    groups: dict[str, Records] = {}
+    for record in records:
+        groups.setdefault(record.get("domain", "general"), []).append(record)
+    return groups

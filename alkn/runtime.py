@@ -1,0 +1,36 @@
+"""Device, precision and determinism of one piece of work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+
+from alkn.settings import Run
+
+
+class Runtime:
+    """Where the arithmetic runs. Making one fixes threads, determinism and denormals for the process.
+
+    Args:
+        run: settings.
+
+    Attributes:
+        device: the device that models are put on.
+        autocast: context of a forward pass in training; bf16 where the settings say so.
+    """
+
+    def __init__(self, run: Run) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.set_num_threads(run.threads)
+        torch.use_deterministic_algorithms(True)
+        # A collapsed model computes in denormal numbers, ten times slower on a CPU.
+        torch.set_flush_denormal(True)
+        cuda = torch.cuda.is_available() and run.device != "cpu"
+        bf16 = run.precision == "bf16" or (run.precision == "auto" and cuda)
+        accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not cuda)
+        self.device: torch.device = accelerator.device
+        self.autocast: Callable[[], AbstractContextManager[None]] = accelerator.autocast

@@ -1,0 +1,310 @@
+"""Settings: params.yaml as one frozen, typed object. The command line reads it, nothing else does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
+
+from alkn import registry
+from alkn.errors import InputError
+from alkn.models import Architecture
+from alkn.registry import Params
+
+Level = Annotated[float, Field(ge=0, le=1)] | Literal["holdout"]
+"""An absolute number in [0, 1], or ``holdout``: the base model's level on records it never saw."""
+
+
+class Project(Params):
+    """``name``: of the MLflow experiment and of the registered model."""
+
+    name: str = Field("people", pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,62}$")
+
+
+class Data(Params):
+    """How records become text.
+
+    Attributes:
+        question_template: prompt of a question/answer record; must hold ``{question}``.
+        chunk_tokens: length of the chunks that plain text is cut into.
+    """
+
+    question_template: str = Field("Question: {question}\nAnswer:", pattern=r"\{question\}")
+    chunk_tokens: int = Field(256, ge=8)
+
+
+class BaseTraining(Params):
+    """Training of the base model from scratch.
+
+    Attributes:
+        until: training stops at the end of the schedule; below this P on any set it is an error.
+    """
+
+    lr: float = Field(3e-3, gt=0)
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(16, ge=1)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: int = Field(50, ge=0)
+    floor: float = Field(0.05, ge=0, le=1)
+    until: float = Field(0.95, ge=0, le=1)
+
+
+class Base(Params):
+    """The model before any request.
+
+    Attributes:
+        model: folder of a local transformers model; ``null``: trained from scratch on the benchmark.
+        trust_remote_code: run the folder's own Python code.
+    """
+
+    model: str | None = None
+    trust_remote_code: bool = False
+    architecture: Architecture = Architecture()
+    training: BaseTraining = BaseTraining()
+
+
+class Targets(Params):
+    """When a request counts as forgotten; its gate judges by the same numbers.
+
+    Attributes:
+        p: largest mean P of the forget records.
+        exact_memorization: largest mean share of answer tokens predicted right.
+        margin: unlearning goes on to ``margin`` times the target, so that a verdict does not hang on rounding.
+    """
+
+    p: Level = 0.01
+    exact_memorization: Level = 0.13
+    margin: float = Field(0.8, gt=0, le=1)
+
+
+class Evaluation(Params):
+    """What is measured.
+
+    Attributes:
+        metrics: names of registered metrics.
+        max_new_tokens: longest greedy answer.
+        generate: sets on which the model also writes answers.
+    """
+
+    metrics: tuple[str, ...] = (
+        "probability",
+        "exact_memorization",
+        "extraction_strength",
+        "rouge_l",
+        "truth_ratio",
+        "model_utility",
+    )
+    max_new_tokens: int = Field(64, ge=1)
+    generate: tuple[Literal["forget", "earlier", "retain", "utility", "holdout"], ...] = ("forget", "utility")
+
+    @field_validator("metrics")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            registry.metrics[name]
+        return names
+
+
+class Run(Params):
+    """Where and how the arithmetic runs.
+
+    Attributes:
+        device: ``auto`` takes CUDA when there.
+        precision: of the forward passes in training; ``auto``: bf16 on CUDA, else fp32.
+        threads: CPU threads; part of the settings because the last bit of a sum depends on it.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    threads: int = Field(2, ge=1)
+
+
+class Tracking(Params):
+    """MLflow. A relative SQLite path is relative to the project folder."""
+
+    uri: str = "sqlite:///mlflow.db"
+    artifacts: str = "mlartifacts"
+    timeout: int = Field(10, ge=1)
+
+
+class Prefect(Params):
+    """Prefect. ``home: null`` is the user's own Prefect home, shared with other projects."""
+
+    deployment: str = Field("scheduled", pattern=r"^[A-Za-z0-9_-]+$")
+    cron: str = "0 3 * * *"
+
+
+class Git(Params):
+    """``commit``: commit ledger, lock file and manifest after each recorded step."""
+
+    commit: bool = False
+
+
+class Chosen(BaseModel):
+    """A registered entry's name with its validated parameters, written as one flat mapping."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    params: Params
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        return {"name": self.name, **self.params.model_dump(mode="json")}
+
+
+def _parameters(entry: registry.Entry, values: Any, prefix: str) -> Params:
+    """An entry's parameters from plain values, errors with the key's whole path."""
+    try:
+        return entry.params.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(error, entry.params, prefix))) from None
+
+
+def _choose(known: registry.Registry) -> BeforeValidator:
+    def validate(value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ValueError(f"expected a mapping with the key 'name', one of: {', '.join(known)}")
+        rest = {k: v for k, v in value.items() if k != "name"}
+        entry = known[value["name"]]
+        return Chosen(name=entry.name, params=_parameters(entry, rest, f"{info.field_name}."))
+
+    return BeforeValidator(validate)
+
+
+def _gates(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("expected a mapping of gate names to their settings")
+    for name in value:
+        registry.gates[str(name)]
+    # Only an empty entry is the default: ``utility: false`` must not pass for a gate that was switched off.
+    given = {name: {} if params is None else params for name, params in value.items()}
+    return {
+        name: _parameters(entry, given.get(name, {}), f"gates.{name}.") for name, entry in registry.gates.items()
+    }
+
+
+class Settings(Params):
+    """Everything that steers a project. See docs/SETTINGS.md for every key, unit and default."""
+
+    project: Project = Project()
+    seed: int = Field(0, ge=0)
+    benchmark: Annotated[Chosen, _choose(registry.benchmarks)] | None = None
+    data: Data = Data()
+    base: Base = Base()
+    method: Annotated[Chosen, _choose(registry.methods)] = Field(default="alkn", validate_default=True)
+    targets: Targets = Targets()
+    evaluation: Evaluation = Evaluation()
+    gates: Annotated[dict[str, Any], BeforeValidator(_gates)] = Field(default={}, validate_default=True)
+    run: Run = Run()
+    tracking: Tracking = Tracking()
+    prefect: Prefect = Prefect()
+    git: Git = Git()
+
+    def of_data(self) -> dict[str, Any]:
+        """The part that decides the splits, as plain values; it is frozen in data/params.yaml."""
+        return dict(self.model_dump(mode="json", include={"seed", "benchmark"}))
+
+    def of_base(self) -> dict[str, Any]:
+        """The part that decides the base model and its metrics; it is frozen beside the base model."""
+        return dict(self.model_dump(mode="json", include={"seed", "data", "base", "evaluation", "run"}))
+
+    def of_step(self) -> dict[str, Any]:
+        """The part that decides what a step computes, as plain values; it is frozen beside the step."""
+        keys = {"seed", "data", "method", "targets", "evaluation", "gates", "run"}
+        return dict(self.model_dump(mode="json", include=keys))
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read params.yaml and apply ``a.b=c`` overrides.
+
+    Raises:
+        InputError: naming file, key, what was expected, what was found and the nearest known key.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; is this a project folder? 'alkn init DIR' makes one") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', 'unreadable')})") from None
+    if not isinstance(raw, dict | None):
+        raise InputError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
+    values = raw or {}
+    for override in overrides:
+        _override(values, override)
+    return validate_settings(values, path)
+
+
+def validate_settings(values: Mapping[str, Any], path: Path) -> Settings:
+    """Check plain values against :class:`Settings`; ``path`` is named in the error."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = _explain(error, Settings)
+    except InputError as error:
+        lines = str(error).split("\n")
+    raise InputError("\n".join(f"{path.name}: {line}" for line in lines))
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not all(key.split(".")):
+        raise InputError(f"--set {override!r}: expected KEY=VALUE with a dotted key, such as targets.p=0.05")
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = node = dict(child) if isinstance(child, dict) else ({} if child is None else {"name": child})
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override!r}: the value is not valid YAML") from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line an error: key, what was expected, what was found, the nearest known key."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path, known = _resolve(model, item["loc"])
+        key = prefix + ".".join(path)
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: {registry.unknown_name('key', path[-1], known)}")
+            continue
+        found = item.get("input")
+        shown = repr(found) if isinstance(found, str | int | float | None) else f"a {type(found).__name__}"
+        expected = item["msg"].removeprefix("Value error, ")
+        lines.append(f"{key.rstrip('.') or 'settings'}: {expected[:1].lower() + expected[1:]}; found {shown}")
+    return list(dict.fromkeys(lines))
+
+
+def _resolve(model: Any, loc: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """The keys of a location, without pydantic's own union labels, and the keys known at its parent."""
+    path: list[str] = []
+    known: list[str] = []
+    for part in loc:
+        fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if fields is None:
+            if isinstance(part, int):
+                path.append(str(part))
+            continue
+        known = sorted(fields)
+        path.append(str(part))
+        model = fields[part].annotation if part in fields else None
+    return path, known

@@ -1,0 +1,251 @@
+"""One step of the chain: plan, unlearn, evaluate, gate. Each part is safe to enter again.
+
+The manifest decides whether a step is done; ``unlearning.json`` decides, inside a step that was
+cut off, whether the unlearning is done. Everything else is made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from alkn import registry
+from alkn.base import project_sets
+from alkn.core.probe import RecordSet
+from alkn.core.scoring import Progress, no_progress
+from alkn.core.task_vector import TaskVector
+from alkn.core.unlearning import StopRule, Task, seed_of
+from alkn.encoding import Encoder
+from alkn.errors import ChainBroken, InputError
+from alkn.evaluation import evaluate_model
+from alkn.evidence import Evidence
+from alkn.files import (
+    digest_of,
+    digest_of_value,
+    keyed_digest_of,
+    read_json,
+    read_jsonl,
+    remove,
+    write_json,
+    write_via,
+)
+from alkn.manifest import check_step, outputs_hold, read_manifest, write_manifest
+from alkn.models import context_length, load_model, load_tokenizer, save_model
+from alkn.project import Project, Step
+from alkn.record_sets import load_split
+from alkn.records import Plan, Sealed, Unlearned
+from alkn.runtime import Runtime
+from alkn.settings import Level, Settings, load_settings
+
+logger = logging.getLogger(__name__)
+
+
+def plan_step(project: Project, request_id: str, *, previous: str, earlier: tuple[str, ...], settings: Settings) -> Plan:
+    """Everything that goes into a step, checked against the manifests it builds on.
+
+    Raises:
+        ChainBroken: if the parent model or an earlier request's file is not what its manifest says.
+        InputError: if a target is the holdout's level and there is no holdout.
+    """
+    key = project.key()
+    parent = check_step(project.step(previous))
+    for name in earlier:
+        manifest = check_step(project.step(name)) if name != previous else parent
+        if keyed_digest_of(project.request(name), key) != manifest["inputs"]["request"]:
+            raise ChainBroken(f"data/requests/{name}.jsonl is not the file that steps/{name} was made from")
+    inputs = {
+        "request": keyed_digest_of(project.request(request_id), key),
+        "parent": parent["outputs"]["model"],
+        "parent_metrics": parent["outputs"]["metrics.json"],
+        "splits": digest_of(project.splits) if project.splits.exists() else "none",
+        "settings": digest_of_value(settings.of_step()),
+    }
+    return Plan(request_id, previous, earlier, settings, inputs, _limits(project, settings))
+
+
+def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progress) -> Unlearned:
+    """Run the method on the parent's model and write model, task vector and state."""
+    step = project.step(plan.request)
+    done = _unlearned(step, plan)
+    if done is not None:
+        return done
+    for path in (*step.outputs, step.manifest):
+        remove(path)
+    started = time.monotonic()
+    runtime = Runtime(plan.settings.run)
+    parent = project.step(plan.previous)
+    tokenizer = load_tokenizer(parent.model, trust_remote_code=plan.settings.base.trust_remote_code)
+    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(parent.model))
+    model, stored = _trainable(parent, runtime, plan.settings)
+    before = {name: p.detach().to("cpu", stored, copy=True) for name, p in model.named_parameters()}
+    task = Task(
+        model=model,
+        forget=encoder.examples(plan.request, read_jsonl(project.request(plan.request))),
+        retain=encoder.examples("retain", load_split(project, "retain")),
+        stop=_scaled(plan.limits, plan.settings.targets.margin),
+        seed=seed_of(plan.settings.seed, "step", plan.request),
+        state=load_file(parent.state) if parent.state.is_file() else {},
+        stored=stored,
+        autocast=runtime.autocast,
+        progress=progress,
+    )
+    outcome = registry.methods[plan.settings.method.name].call(task, plan.settings.method.params)
+    model = model.cpu().to(stored)
+    taken = TaskVector.between(model, before)
+    write_via(step.model, lambda path: save_model(model, tokenizer, path))
+    write_via(step.task_vector, taken.save)
+    write_via(step.state, lambda path: save_file(outcome.state, path))
+    report = {
+        "inputs": dict(plan.inputs),
+        "outputs": {path.name: digest_of(path) for path in (step.model, step.task_vector, step.state)},
+        "reached": outcome.reached,
+        "passes": outcome.passes,
+        "task_vector": {"nonzero": taken.nnz, "norm": taken.norm},
+        "rounds": outcome.history,
+    }
+    write_json(step.unlearning, report)
+    return _report(report, seconds=time.monotonic() - started)
+
+
+def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progress) -> dict[str, Any]:
+    """Read the candidate back from disk and measure it on every set; write metrics.json."""
+    step = project.step(plan.request)
+    runtime = Runtime(plan.settings.run)
+    remote = plan.settings.base.trust_remote_code
+    tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
+    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(step.model))
+    model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
+    sets = [encoder.record_set("forget", read_jsonl(project.request(plan.request)))]
+    sets += [_earlier(project, encoder, name) for name in plan.earlier]
+    sets += project_sets(project, encoder)
+    metrics = evaluate_model(
+        model, sets, encoder, plan.settings.evaluation, eos=tokenizer.eos_token_id, progress=progress
+    )
+    write_json(step.metrics, metrics)
+    return metrics
+
+
+def gate_step(project: Project, plan: Plan, unlearned: Unlearned, *, seconds: Mapping[str, float]) -> Sealed:
+    """Judge the candidate by every gate, write gate.json and, last of all, the manifest."""
+    step = project.step(plan.request)
+    evidence = Evidence(
+        step=read_json(step.metrics),
+        parent=read_json(project.step(plan.previous).metrics),
+        base=read_json(project.base.metrics),
+        limits=plan.limits,
+        reached=unlearned.reached,
+        finite_weights=_finite(step),
+    )
+    verdicts: dict[str, Any] = {}
+    failed: list[str] = []
+    for name, params in plan.settings.gates.items():
+        if params.enabled is False:
+            verdicts[name] = {"passed": None, "reason": "switched off in the settings", "checks": []}
+            continue
+        verdict = registry.gates[name].call(evidence, params)
+        verdicts[name] = {
+            "passed": verdict.passed,
+            "reason": verdict.reason,
+            "checks": [dataclasses.asdict(check) for check in verdict.checks],
+        }
+        if verdict.passed is False:
+            failed.append(f"{name}: {verdict.reason}")
+    accepted = not failed
+    write_json(step.gate, {"accepted": accepted, "failed": failed, "gates": verdicts})
+    manifest = write_manifest(
+        step,
+        inputs=plan.inputs,
+        outputs=step.outputs,
+        seed=seed_of(plan.settings.seed, "step", plan.request),
+        facts={
+            "previous": plan.previous,
+            "earlier": list(plan.earlier),
+            "accepted": accepted,
+            "failed": failed,
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        },
+    )
+    return Sealed(plan.request, accepted, "; ".join(failed), manifest)
+
+
+def sealed_step(project: Project, request_id: str) -> Sealed | None:
+    """A step that is done: its manifest is there and its digests hold; else ``None``."""
+    step = project.step(request_id)
+    manifest = read_manifest(step)
+    if manifest is None or "accepted" not in manifest or not outputs_hold(step, manifest):
+        return None
+    return Sealed(request_id, manifest["accepted"], "; ".join(manifest["failed"]), manifest)
+
+
+def make_step(
+    project: Project, request_id: str, *, previous: str, earlier: tuple[str, ...], progress: Progress = no_progress
+) -> Sealed:
+    """Make a step from its frozen settings, from beginning to end: what ``dvc repro`` runs."""
+    settings = load_settings(project.step(request_id).params)
+    plan = plan_step(project, request_id, previous=previous, earlier=earlier, settings=settings)
+    started = time.monotonic()
+    unlearned = unlearn_step(project, plan, progress=progress)
+    evaluate_step(project, plan, progress=progress)
+    return gate_step(project, plan, unlearned, seconds={"total": time.monotonic() - started})
+
+
+def _limits(project: Project, settings: Settings) -> StopRule:
+    base = read_json(project.base.metrics)
+
+    def number(level: Level, metric: str) -> float:
+        if level != "holdout":
+            return float(level)
+        if "holdout" not in base["sets"]:
+            raise InputError("params.yaml: targets: 'holdout' is asked for, and the project has no holdout set")
+        return float(base["sets"]["holdout"][metric])
+
+    targets = settings.targets
+    return StopRule(
+        number(targets.p, "probability"), number(targets.exact_memorization, "exact_memorization")
+    )
+
+
+def _scaled(limits: StopRule, margin: float) -> StopRule:
+    return StopRule(limits.p * margin, limits.exact_memorization * margin)
+
+
+def _trainable(parent: Step, runtime: Runtime, settings: Settings) -> tuple[nn.Module, torch.dtype]:
+    """The parent's model in float32, and the precision it is stored in."""
+    remote = settings.base.trust_remote_code
+    model = load_model(parent.model, device=runtime.device, trust_remote_code=remote)
+    stored = next(model.parameters()).dtype
+    return model.float(), stored
+
+
+def _unlearned(step: Step, plan: Plan) -> Unlearned | None:
+    """The finished unlearning of a step that was cut off later, if its inputs and outputs still hold."""
+    if not step.unlearning.is_file():
+        return None
+    report = read_json(step.unlearning)
+    if report["inputs"] != dict(plan.inputs) or not outputs_hold(step, report):
+        return None
+    return _report(report, seconds=0.0)
+
+
+def _report(report: Mapping[str, Any], *, seconds: float) -> Unlearned:
+    rounds = report["rounds"]
+    return Unlearned(report["reached"], rounds[0], rounds[-1], len(rounds) - 1, report["passes"], seconds)
+
+
+def _earlier(project: Project, encoder: Encoder, request_id: str) -> RecordSet:
+    return encoder.record_set(f"earlier/{request_id}", read_jsonl(project.request(request_id)))
+
+
+def _finite(step: Step) -> bool:
+    return all(
+        bool(torch.isfinite(tensor).all())
+        for file in sorted(step.model.glob("*.safetensors"))
+        for tensor in load_file(file).values()
+    )

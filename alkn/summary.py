@@ -1,0 +1,53 @@
+"""The chain as rows: what ``alkn report`` shows, derived from ledger, manifests and metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alkn.files import read_json
+from alkn.manifest import read_manifest
+from alkn.project import Project
+from alkn.requests.ledger import Ledger
+
+
+def chain_rows(project: Project, ledger: Ledger) -> list[dict[str, Any]]:
+    """One row a request, decided ones first in the order of the ledger's lists; values that are not there are ``None``."""
+    return [
+        _row(project, ledger, request_id, verdict)
+        for verdict in ("accepted", "rejected", "pending", "withdrawn")
+        for request_id in getattr(ledger, verdict)
+    ]
+
+
+def _row(project: Project, ledger: Ledger, request_id: str, verdict: str) -> dict[str, Any]:
+    entry, step = ledger.entry(request_id), project.step(request_id)
+    row: dict[str, Any] = {
+        "request": request_id, "verdict": verdict, "records": entry.records, "received": entry.received,
+        "due": entry.due, "previous": entry.previous, "reason": entry.reason,
+    }  # fmt: skip
+    manifest = read_manifest(step)
+    if manifest is None or not (step.metrics.is_file() and step.unlearning.is_file()):
+        return row
+    metrics, report, base = read_json(step.metrics), read_json(step.unlearning), read_json(project.base.metrics)
+    forget = metrics["sets"]["forget"]
+    return row | {
+        "p_before": report["rounds"][0]["p"],
+        "p_after": forget["probability"],
+        "worst_record": forget["worst_records"][0],
+        "worst_p": forget["probability_worst"],
+        "em_before": report["rounds"][0]["exact_memorization"],
+        "em_after": forget["exact_memorization"],
+        "utility": {
+            name.split("/", 1)[1]: values["probability"]
+            for name, values in metrics["sets"].items()
+            if name.startswith("utility/")
+        },
+        "utility_base": {
+            name.split("/", 1)[1]: values["probability"]
+            for name, values in base["sets"].items()
+            if name.startswith("utility/")
+        },
+        "rounds": len(report["rounds"]) - 1,
+        "passes": report["passes"],
+        "seconds": sum(manifest["seconds"].values()),
+    }

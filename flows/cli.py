@@ -1,0 +1,371 @@
+"""The command line. Heavy imports stand inside the commands: ``alkn --help`` answers at once."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from alkn.project import Project
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("-C", "folder", type=click.Path(path_type=Path), default=".", help="Project folder [default: here].")
+@click.version_option(package_name="alkn")
+def cli(folder: Path) -> None:
+    """Continual unlearning: deletion requests for a language model, from intake to proof.
+
+    Exit status: 0 done, 1 a gate or a check failed, 2 the input is wrong.
+    """
+    if not folder.is_dir():
+        from alkn.errors import InputError
+
+        raise InputError(f"{folder}: no such folder")
+    os.chdir(folder)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--model", help="Folder or hub id of your causal language model [default: trained from scratch].")
+@click.option("--retain", type=click.Path(path_type=Path), help="Records that must stay known; the mask learns from them.")
+@click.option("--utility", type=click.Path(path_type=Path), help="Records that utility is measured on; never drawn on.")
+@click.option("--holdout", type=click.Path(path_type=Path), help="Comparable records that the model never saw.")
+@click.option("--params", type=click.Path(path_type=Path), help="A ready params.yaml to start from, see configs/.")
+@click.option("--port", type=click.IntRange(1024, 65535), help="Port of the project's Prefect server.")
+@click.option("--share-prefect", is_flag=True, help="Use your own Prefect home and server.")
+def init(
+    folder: Path, model: str | None, retain: Path | None, utility: Path | None, holdout: Path | None,
+    params: Path | None, port: int | None, share_prefect: bool,
+) -> None:  # fmt: skip
+    """Make a project folder: settings, ledger, data versioning, key."""
+    from flows.scaffold import Wanted, make_project
+
+    given = {"retain": retain, "utility": utility, "holdout": holdout}
+    splits = {name: path for name, path in given.items() if path is not None}
+    project = make_project(folder, Wanted(model, splits, params, port, share_prefect))
+    if project.settings().benchmark is not None:
+        from tasks.prepare import prepare_data
+        from tasks.record import commit_to_git
+
+        prepare_data.fn(project, project.settings())
+        commit_to_git(project, project.settings())
+    _say(f"{folder} is ready. Next: cd {folder}; alkn request add FILE; alkn run")
+
+
+@cli.group()
+def request() -> None:
+    """Deletion requests: add, list, show, withdraw."""
+
+
+@request.command("add")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--id", "request_id", help="Its id [default: the next r001, r002, ...].")
+@click.option("--due", help="The day it must be done by, YYYY-MM-DD.")
+@JSON
+def request_add(file: Path, request_id: str | None, due: str | None, as_json: bool) -> None:
+    """Validate a file of records and enter it into the ledger."""
+    from datetime import date
+
+    from alkn.requests.intake import add_request
+    from tasks import versioning
+
+    project = _project()
+    added = add_request(
+        project, project.settings(), file, request_id=request_id, due=due, today=date.today(),
+        track=lambda path: versioning.track_file(project, path),
+    )  # fmt: skip
+    if as_json:
+        _say(json.dumps({"request": added.request, **added.entry.model_dump()}))
+        return
+    _say(f"request {added.request}: {added.entry.records} records, pending")
+    for name, count in added.entry.overlaps.items():
+        _say(f"warning: {count} of them stand in {name} too, in the same or nearly the same words")
+
+
+@request.command("list")
+@JSON
+def request_list(as_json: bool) -> None:
+    """All requests with their dates and verdicts."""
+    from alkn.requests.ledger import Ledger, load_ledger
+
+    ledger = load_ledger(_project())
+    rows = [
+        {"request": name, "verdict": verdict, **getattr(ledger, verdict)[name].model_dump()}
+        for verdict in Ledger.model_fields
+        for name in getattr(ledger, verdict)
+    ]
+    if as_json:
+        _say(json.dumps(rows))
+        return
+    columns = ("request", "verdict", "records", "received", "due", "previous")
+    _table("Requests", columns, [[row[c] for c in columns] for row in rows])
+
+
+@request.command("show")
+@click.argument("request_id")
+@JSON
+def request_show(request_id: str, as_json: bool) -> None:
+    """One request: its entry, its verdict and every gate's checks."""
+    from alkn.files import read_json
+    from alkn.requests.ledger import load_ledger
+    from alkn.summary import chain_rows
+
+    project = _project()
+    ledger = load_ledger(project)
+    entry = ledger.entry(request_id)
+    row = next(row for row in chain_rows(project, ledger) if row["request"] == request_id)
+    gate = project.step(request_id).gate
+    gates = read_json(gate)["gates"] if gate.is_file() else {}
+    if as_json:
+        _say(json.dumps({**entry.model_dump(), **row, "gates": gates}))
+        return
+    for name, value in {**entry.model_dump(), **row}.items():
+        if value not in (None, {}, []):
+            _say(f"{name:<13} {value}")
+    checks = [
+        [name, c["what"], _number(c["value"]), _number(c["limit"]), "passed" if c["passed"] else "failed"]
+        for name, verdict in gates.items()
+        for c in verdict["checks"]
+    ]
+    _table("Gates", ("gate", "check", "value", "limit", ""), checks)
+
+
+@request.command("withdraw")
+@click.argument("request_id")
+def request_withdraw(request_id: str) -> None:
+    """Take a pending request out of the queue."""
+    from datetime import date
+
+    from alkn.requests.ledger import editing
+
+    with editing(_project()) as ledger:
+        ledger.withdraw(request_id, day=date.today())
+    _say(f"request {request_id}: withdrawn")
+
+
+@cli.command()
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting: --set targets.p=0.05")
+@click.option("--dry-run", is_flag=True, help="Say what would be done and what it would cost; change nothing.")
+@JSON
+def run(overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """Process what is pending, in the ledger's order, in this process."""
+    project = _project()
+    settings = project.settings(overrides)
+    if dry_run:
+        _dry_run(project, settings, as_json)
+        return
+    from alkn.estimate import check_disk
+    from flows.server import prefect_api
+
+    with project.chain_lock():
+        check_disk(project)
+    with prefect_api(project.root):
+        from flows.continual_unlearn import continual_unlearn
+
+        decided = continual_unlearn(project_folder=str(project.root), overrides=list(overrides))
+    _show_report(project, as_json)
+    if not decided and not as_json:
+        _say("nothing was pending")
+    if any(not row["accepted"] for row in decided):
+        sys.exit(1)
+
+
+@cli.command()
+def serve() -> None:
+    """Serve the deployment with its schedule, until stopped."""
+    from flows.server import serve_deployment
+
+    serve_deployment(_project())
+
+
+@cli.command()
+@JSON
+def report(as_json: bool) -> None:
+    """The chain as a table."""
+    _show_report(_project(), as_json)
+
+
+@cli.command()
+@JSON
+def champion(as_json: bool) -> None:
+    """Path of the newest accepted model, checked against its manifest."""
+    from alkn.manifest import check_step
+    from alkn.requests.ledger import load_ledger
+
+    project = _project()
+    step = project.step(load_ledger(project).newest)
+    manifest = check_step(step)
+    answer = {"request": step.id, "path": str(step.model), "digest": manifest["outputs"]["model"]}
+    _say(json.dumps(answer) if as_json else str(step.model))
+
+
+@cli.group()
+def stage() -> None:
+    """What dvc.yaml runs: one part of the chain, without Prefect and MLflow."""
+
+
+@stage.command("data")
+def stage_data() -> None:
+    """Write the benchmark's splits."""
+    from alkn.record_sets import build_splits
+    from alkn.settings import load_settings
+
+    project = _project()
+    build_splits(project, load_settings(project.data_params))
+
+
+@stage.command("base")
+def stage_base() -> None:
+    """Make the base model."""
+    from alkn.base import make_base
+    from alkn.settings import load_settings
+    from tasks.progress import progress_bars
+
+    project = _project()
+    with progress_bars("base") as progress:
+        make_base(project, load_settings(project.base.params), progress=progress)
+
+
+@stage.command("step")
+@click.argument("request_id")
+def stage_step(request_id: str) -> None:
+    """Make an accepted step again, with the settings it was made with."""
+    from alkn.chain import place_in_chain
+    from alkn.requests.ledger import load_ledger
+    from alkn.step import make_step
+    from tasks.progress import progress_bars
+
+    project = _project()
+    previous, earlier = place_in_chain(load_ledger(project), request_id)
+    with progress_bars(request_id) as progress:
+        sealed = make_step(project, request_id, previous=previous, earlier=earlier, progress=progress)
+    if not sealed.accepted:
+        _say(f"{request_id}: a gate failed: {sealed.reason}", err=True)
+        sys.exit(1)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one message and exit status 2 (or 1)."""
+    import flows  # noqa: F401 - its import switches telemetry off
+    from alkn.errors import AlknError
+
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except AlknError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"the disk is full: {error.filename or os.getcwd()}", 2)
+
+
+def _fail(message: str, status: int) -> None:
+    for line in message.split("\n"):
+        _say(f"error: {line}", err=True)
+    sys.exit(status)
+
+
+def _project() -> Project:
+    from alkn.project import Project
+
+    return Project.at(Path("."))
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    click.echo(text, err=err)
+
+
+def _number(value: Any, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[list[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("-" if cell is None else str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(table)
+
+
+def _show_report(project: Project, as_json: bool) -> None:
+    from alkn.files import write_json
+    from alkn.requests.ledger import load_ledger
+    from alkn.summary import chain_rows
+
+    rows = chain_rows(project, load_ledger(project))
+    write_json(project.root / "reports" / "chain.json", rows)
+    if as_json:
+        _say(json.dumps(rows))
+        return
+    shown: list[list[Any]] = []
+    for row in rows:
+        if "p_after" not in row:
+            shown.append([row["request"], row["verdict"], row["records"], *["-"] * 6])
+            continue
+        domains = "  ".join(
+            f"{name} {value:.3f} (base {row['utility_base'].get(name, float('nan')):.3f})"
+            for name, value in row["utility"].items()
+        )
+        shown.append(
+            [
+                row["request"], row["verdict"], row["records"], f"{row['p_before']:.3f}", f"{row['p_after']:.4f}",
+                f"no. {row['worst_record']}: {row['worst_p']:.4f}", f"{row['em_before']:.3f} → {row['em_after']:.3f}",
+                domains or "not measured", f"{row['seconds']:.0f} s",
+            ]
+        )  # fmt: skip
+    columns = (
+        "request", "verdict", "records", "P before", "P after", "worst record, P", "exact memorization",
+        "utility (P, never drawn on)", "time",
+    )  # fmt: skip
+    _table("The chain", columns, shown)
+    for row in rows:
+        if row["verdict"] == "rejected":
+            _say(f"{row['request']} was rejected: {row['reason']}")
+
+
+def _dry_run(project: Project, settings: Any, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from alkn.estimate import estimate
+    from alkn.requests.ledger import load_ledger
+
+    ledger = load_ledger(project)
+    cost = estimate(project, settings, ledger)
+    if as_json:
+        _say(json.dumps({"pending": list(ledger.pending), **asdict(cost)}))
+        return
+    if not ledger.pending:
+        _say("nothing is pending")
+        return
+    rows = [[name, entry.records, entry.due, previous] for (name, entry), previous in _planned(ledger)]
+    _table("Would be unlearned, in this order", ("request", "records", "due", "starting from"), rows)
+    seconds = "unknown" if cost.seconds is None else f"about {max(1, round(cost.seconds / 60))} min"
+    _say(f"time    {seconds} ({cost.source})")
+    _say(f"memory  about {cost.memory / 2**20:,.0f} MiB at the peak")
+    _say(f"disk    about {cost.disk / 2**20:,.0f} MiB of {cost.free / 2**20:,.0f} MiB free")
+
+
+def _planned(ledger: Any) -> list[tuple[tuple[str, Any], str]]:
+    names = list(ledger.pending)
+    starts = [ledger.newest, *names[:-1]]
+    return list(zip(ledger.pending.items(), starts, strict=True))
+
+

@@ -1,0 +1,76 @@
+"""Which Prefect server is spoken to, and the deployment that it schedules."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from alkn.errors import InputError
+from alkn.project import Project
+
+
+@contextmanager
+def prefect_api(root: Path) -> Iterator[None]:
+    """Speak to the project's Prefect server if it is up, else to one inside this process.
+
+    ``PREFECT_API_URL`` in the environment wins. Prefect's own logging stays quiet: errors are
+    printed once, by the command line.
+    """
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "60")
+    url = project_api(root)
+    if "PREFECT_API_URL" in os.environ or url is None or _answers(url):
+        yield
+        return
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: None}):
+        yield
+
+
+def project_api(root: Path) -> str | None:
+    """The API address in the project's prefect.toml, if it has one."""
+    path = root / "prefect.toml"
+    if not path.is_file():
+        return None
+    url = tomllib.loads(path.read_text(encoding="utf-8")).get("api", {}).get("url")
+    return None if url is None else str(url)
+
+
+def serve_deployment(project: Project) -> None:
+    """Serve ``continual-unlearn`` under the name and schedule of the settings; one run at a time.
+
+    Raises:
+        InputError: if the server does not answer.
+    """
+    url = os.environ.get("PREFECT_API_URL") or project_api(project.root)
+    if url is not None and not _answers(url):
+        raise InputError(
+            f"no Prefect server answers at {url}; start it first: prefect server start --host 127.0.0.1 --background"
+        )
+    settings = project.settings().prefect
+    from prefect.deployments.runner import EntrypointType
+
+    from flows.continual_unlearn import continual_unlearn
+
+    continual_unlearn.serve(
+        name=settings.deployment,
+        cron=settings.cron,
+        limit=1,
+        parameters={"project_folder": str(project.root)},
+        entrypoint_type=EntrypointType.MODULE_PATH,
+        description="Unlearn every pending deletion request of this project, in the ledger's order.",
+    )
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:  # noqa: S310 - the project's own address
+            return int(reply.status) == 200
+    except (urllib.error.URLError, OSError, ValueError):
+        return False

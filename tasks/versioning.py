@@ -1,0 +1,84 @@
+"""DVC: pointers of requests and splits, and the stages of the chain. The only file that imports dvc."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from dvc.exceptions import DvcException
+from dvc.lock import LockError
+from dvc.repo import Repo
+
+from alkn.errors import AlknError
+from alkn.project import Project
+
+# Standard output belongs to the command line: DVC's hints on what to add to git do not.
+logging.getLogger("dvc").setLevel(logging.WARNING)
+
+T = TypeVar("T")
+ATTEMPTS = 60
+
+
+class VersioningFailed(AlknError):
+    """DVC refused; its message says why."""
+
+
+def _with(project: Project, action: Callable[[Repo], T]) -> T:
+    """Run an action on the project's DVC repo, again while another process holds DVC's lock."""
+    for attempt in range(ATTEMPTS):
+        try:
+            # DVC resolves a target against the working directory, whatever the repo's root is.
+            with contextlib.chdir(project.root), Repo(str(project.root)) as repo:
+                return action(repo)
+        except LockError:
+            if attempt == ATTEMPTS - 1:
+                raise VersioningFailed(f"{project.root}: DVC has been locked for {ATTEMPTS // 2} s") from None
+            time.sleep(0.5)
+        except DvcException as error:
+            raise VersioningFailed(f"DVC: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def init(root: Path) -> None:
+    """Make ``root`` a DVC repo, analytics off, if it is none; without git it works too."""
+    if (root / ".dvc").is_dir():
+        return
+    repo = Repo.init(str(root), no_scm=not (root / ".git").exists())
+    with repo.config.edit() as config:
+        config["core"]["analytics"] = False
+    repo.close()
+
+
+def track_file(project: Project, path: Path) -> Path:
+    """``dvc add``: put a file or folder under DVC, and return its pointer."""
+    _with(project, lambda repo: repo.add(str(path)))
+    return path.with_name(f"{path.name}.dvc")
+
+
+def is_tracked(path: Path) -> bool:
+    """Whether a file has a DVC pointer."""
+    return path.with_name(f"{path.name}.dvc").is_file()
+
+
+def record_stage(project: Project, stage: str) -> None:
+    """Record outputs that this process has made as a stage's: dvc.lock and cache, nothing is run."""
+    _with(project, lambda repo: repo.commit(f"dvc.yaml:{stage}", force=True))
+
+
+def stages(project: Project) -> list[str]:
+    """Names of all stages of dvc.yaml."""
+    return _with(project, lambda repo: [stage.addressing for stage in repo.index.stages if hasattr(stage, "name")])
+
+
+def recorded_stages(project: Project) -> set[str]:
+    """Names of the stages that dvc.lock holds."""
+    import yaml
+
+    lock = project.root / "dvc.lock"
+    if not lock.is_file():
+        return set()
+    return set(yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"])

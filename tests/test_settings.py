@@ -1,0 +1,261 @@
+"""params.yaml: defaults, presets, overrides, and errors that name file, key, what was expected and what was found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from alkn import registry
+from alkn.errors import InputError
+from alkn.gates.utility import UtilityParams
+from alkn.methods.alkn import AlknParams
+from alkn.settings import Settings, load_settings, validate_settings
+
+REPOSITORY = Path(__file__).parent.parent
+Load = Callable[..., Settings]
+Fails = Callable[..., str]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """``load(text, *overrides)``: write params.yaml and read it."""
+
+    def write_and_read(text: str | bytes, *overrides: str) -> Settings:
+        path = tmp_path / "params.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return load_settings(path, overrides)
+
+    return write_and_read
+
+
+@pytest.fixture
+def fails(load: Load) -> Fails:
+    """``fails(text, *overrides)``: the message of the one error."""
+
+    def message(text: str | bytes, *overrides: str) -> str:
+        with pytest.raises(InputError) as error:
+            load(text, *overrides)
+        return str(error.value)
+
+    return message
+
+
+def test_defaults(load: Load) -> None:
+    """An empty file is a whole project: ALKN in rounds, every gate on, targets of METHOD.md."""
+    settings = load("")
+    assert settings == Settings()
+    assert settings.method.name == "alkn" and settings.method.params == AlknParams()
+    assert (settings.targets.p, settings.targets.exact_memorization) == (0.01, 0.13)
+    assert list(settings.gates) == list(registry.gates)
+    assert all(params.enabled is None for params in settings.gates.values())
+    assert settings.benchmark is None and settings.git.commit is False
+    assert set(settings.evaluation.metrics) <= set(registry.metrics)
+
+
+@pytest.mark.parametrize(
+    "path", [REPOSITORY / "params.yaml", *sorted((REPOSITORY / "configs").glob("**/*.yaml"))], ids=lambda p: p.name
+)
+def test_the_files_of_this_repository_load(path: Path) -> None:
+    load_settings(path)
+
+
+def test_settings_cannot_be_changed(load: Load) -> None:
+    settings = load("")
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.seed = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.method.params.lr = 1.0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "near"),
+    [
+        ("targts: {p: 0.1}", "targts", "targets"),
+        ("targets: {pp: 0.1}", "targets.pp", "p"),
+        ("base: {trainig: {}}", "base.trainig", "training"),
+        ("base: {training: {epoch: 3}}", "base.training.epoch", "epochs"),
+        ("method: {name: alkn, lrr: 0.1}", "method.lrr", "lr"),
+        ("benchmark: {name: people, fact: 3}", "benchmark.fact", "facts"),
+        ("gates: {utility: {bse: 0.1}}", "gates.utility.bse", "base"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(text: str, key: str, near: str, fails: Fails) -> None:
+    last = key.split(".")[-1]
+    assert fails(text).startswith(f"params.yaml: {key}: unknown key '{last}'. Did you mean '{near}'? Known: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "found", "near"),
+    [
+        ("method: alkm", "method", "alkm", "alkn"),
+        ("method: {name: aklnn}", "method", "aklnn", "alkn"),
+        ("benchmark: peple", "benchmark", "peple", "people"),
+        ("gates: {utilty: {}}", "gate", "utilty", "utility"),
+        ("evaluation: {metrics: [rouge, probabilty]}", "metric", "rouge", "rouge_l"),
+    ],
+)
+def test_unknown_names_name_the_nearest_and_all(text: str, kind: str, found: str, near: str, fails: Fails) -> None:
+    message = fails(text)
+    assert message.startswith(f"params.yaml: unknown {kind} '{found}'. Did you mean '{near}'? Known: ")
+    assert near in message.split("Known: ")[1].rstrip(".").split(", ")
+
+
+def test_a_name_like_nothing_known_gets_no_guess(fails: Fails) -> None:
+    message = fails("method: zzzzzz")
+    assert "Did you mean" not in message and "Known: " in message and "alkn" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "expected", "found"),
+    [
+        ("seed: -1", "seed", "greater than or equal to 0", "-1"),
+        ("seed: one", "seed", "a valid integer", "'one'"),
+        ("seed: 1.5", "seed", "a valid integer", "1.5"),
+        ("seed:", "seed", "a valid integer", "None"),
+        ("seed: [1]", "seed", "a valid integer", "a list"),
+        ("targets: 3", "targets", "a valid dictionary", "3"),
+        ("targets: {margin: 2}", "targets.margin", "less than or equal to 1", "2"),
+        ("targets: {p: 2}", "targets.p", "less than or equal to 1", "2"),
+        ("targets: {p: holdou}", "targets.p", "'holdout'", "'holdou'"),
+        ("targets: {p: .nan}", "targets.p", "finite number", "nan"),
+        ("base: {training: {lr: .inf}}", "base.training.lr", "finite number", "inf"),
+        ("base: {architecture: {layers: 0}}", "base.architecture.layers", "greater than or equal to 1", "0"),
+        ("base: {architecture: {vocab_size: 256}}", "base.architecture.vocab_size", "or equal to 300", "256"),
+        ("base: {architecture: {hidden_size: 36}}", "base.architecture", "multiple of 2 * heads, 8", "a dict"),
+        ("run: {device: tpu}", "run.device", "'auto', 'cpu' or 'cuda'", "'tpu'"),
+        ("git: {commit: perhaps}", "git.commit", "a valid boolean", "'perhaps'"),
+        ("project: {name: ../x}", "project.name", "match pattern", "'../x'"),
+        ("data: {question_template: 'Q:'}", "data.question_template", "match pattern", "'Q:'"),
+        ("evaluation: {generate: [forgt]}", "evaluation.generate.0", "'forget', 'earlier'", "'forgt'"),
+        ("evaluation: {metrics: [probability, 1]}", "evaluation.metrics.1", "a valid string", "1"),
+        ("method: {name: alkn, lr: fast}", "method.lr", "a valid number", "'fast'"),
+        ("method: {name: alkn, lr: .inf}", "method.lr", "finite number", "inf"),
+        ("method: {name: alkn, rounds: 1}", "method", "a single negation (rounds: 1)", "a dict"),
+        ("method: 3", "method", "a mapping with the key 'name', one of: alkn", "3"),
+        ("method: {lr: 3}", "method", "a mapping with the key 'name', one of: alkn", "a dict"),
+        ("benchmark: {name: people, facts: 99}", "benchmark.facts", "less than or equal to 42", "99"),
+        ("gates: {utility: {base: 2}}", "gates.utility.base", "less than or equal to 1", "2"),
+        ("gates: {utility: {enabled: maybe}}", "gates.utility.enabled", "a valid boolean", "'maybe'"),
+        ("gates: {utility: false}", "gates.utility", "a valid dictionary", "False"),
+        ("gates: []", "gates", "a mapping of gate names", "a list"),
+    ],
+)
+def test_wrong_values(text: str, key: str, expected: str, found: str, fails: Fails) -> None:
+    """File, key, what was expected, what was found, in that order and on one line."""
+    lines = fails(text).split("\n")
+    assert all(line.startswith(f"params.yaml: {key}: ") and line.endswith(f"; found {found}") for line in lines)
+    assert any(expected in line for line in lines)
+
+
+def test_all_errors_of_a_section_come_at_once(fails: Fails) -> None:
+    message = fails("seed: -1\ntargets: {margin: 2, pp: 1}\nrun: {threads: 0}")
+    assert [line.split(": ")[1] for line in message.split("\n")] == [
+        "seed",
+        "targets.margin",
+        "targets.pp",
+        "run.threads",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1\ntargets: {p: 0.1\nrun: 3\n", "params.yaml line 3: not valid YAML"),
+        ("seed: 1\nrun: a: b\n", "params.yaml line 2: not valid YAML (mapping values are not allowed here)"),
+        ("seed: !!python/object/apply:os.getcwd []", "params.yaml line 1: not valid YAML"),
+        ('seed: "\x07"', "not valid YAML"),
+        (b"seed: \xff", "params.yaml: not UTF-8 at byte 6"),
+        ("- seed", "params.yaml: expected a mapping of settings, found list"),
+        ("seed", "params.yaml: expected a mapping of settings, found str"),
+    ],
+)
+def test_files_that_are_no_settings(text: str | bytes, message: str, fails: Fails) -> None:
+    assert message in fails(text)
+
+
+def test_a_missing_file_says_how_to_make_a_project(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"params\.yaml: no such file; .*alkn init"):
+        load_settings(tmp_path / "params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "read", "expected"),
+    [
+        ("", ["targets.p=0.05"], lambda s: s.targets.p, 0.05),
+        ("", ["targets.p=holdout"], lambda s: s.targets.p, "holdout"),
+        ("targets: {p: 0.2, margin: 0.5}", ["targets.p=0.05"], lambda s: (s.targets.p, s.targets.margin), (0.05, 0.5)),
+        ("", ["base.training.lr=1e-4"], lambda s: s.base.training.lr, 1e-4),
+        ("", ["seed=1", "seed=2"], lambda s: s.seed, 2),
+        ("method: alkn", ["method.lr=1e-4"], lambda s: s.method.params.lr, 1e-4),
+        ("method: {name: alkn, lr: 1}", ["method.preset=paper"], lambda s: s.method.params.share_end, 0.3),
+        ("", ["benchmark=people", "benchmark.facts=7"], lambda s: s.benchmark.params.facts, 7),
+        ("", ["gates.utility.base=0.9"], lambda s: s.gates["utility"].base, 0.9),
+        ("", ["gates.utility.enabled=false"], lambda s: s.gates["utility"].enabled, False),
+        ("", ["evaluation.metrics=[probability]"], lambda s: s.evaluation.metrics, ("probability",)),
+        ("base: {model: x}", ["base.model="], lambda s: s.base.model, None),
+    ],
+)
+def test_overrides(text: str, overrides: list[str], read: Any, expected: Any, load: Load) -> None:
+    """Nested keys, YAML values, the last one wins, and keys beside them stay."""
+    assert read(load(text, *overrides)) == expected
+
+
+def test_an_override_with_an_equals_sign_in_its_value(load: Load) -> None:
+    settings = load("", "data.question_template='a={question}='")
+    assert settings.data.question_template == "a={question}="
+
+
+@pytest.mark.parametrize("override", ["targets.p", "targets..p=1", ".p=1", "=1", "targets.=1"])
+def test_bad_syntax_of_an_override(override: str, fails: Fails) -> None:
+    assert fails("", override).startswith(f"--set '{override}': expected KEY=VALUE with a dotted key")
+
+
+def test_bad_overrides(fails: Fails) -> None:
+    """A value that is no YAML, an unknown key, a wrong value: named as in the file."""
+    assert fails("", "targets.p=[1") == "--set 'targets.p=[1': the value is not valid YAML"
+    assert "params.yaml: targets.q: unknown key 'q'" in fails("", "targets.q=1")
+    assert "params.yaml: seed: " in fails("", "seed=one")
+    assert "params.yaml: seed: " in fails("seed: 5", "seed.x=3")
+
+
+@pytest.mark.parametrize("preset", ["rounds", "derived", "reference", "paper"])
+def test_presets_in_the_file(preset: str, load: Load) -> None:
+    """The method's section is its parameters, filled in from the preset."""
+    settings = load(f"method: {{name: alkn, preset: {preset}, lr: 0.5}}")
+    assert settings.method.params == AlknParams(preset=preset, lr=0.5)  # type: ignore[arg-type]
+
+
+def test_gates_can_be_set_one_by_one(load: Load) -> None:
+    """An empty entry is the default, and the other gates stay on."""
+    settings = load("gates: {utility: {base: 0.5}, finite: }")
+    assert settings.gates["utility"] == UtilityParams(base=0.5)
+    assert list(settings.gates) == list(registry.gates)
+
+
+def test_the_part_of_a_step_holds_what_it_computes_with(load: Load) -> None:
+    """Plain values; where it is tracked or scheduled is no part of it."""
+    part = load("method: {name: alkn, preset: paper}").of_step()
+    assert set(part) == {"seed", "data", "method", "targets", "evaluation", "gates", "run"}
+    assert part["method"]["name"] == "alkn" and part["method"]["preset"] == "paper" and part["method"]["scale"] == 0.8
+    assert part["gates"]["utility"]["parent"] == 0.6
+    elsewhere = "project: {name: x}\ntracking: {timeout: 3}\nprefect: {cron: '0 4 * * *'}\ngit: {commit: true}"
+    assert load(elsewhere).of_step() == load("").of_step()
+    for change in ("seed: 1", "data: {chunk_tokens: 9}", "targets: {p: 0.2}", "run: {threads: 1}", "gates: {finite: {enabled: false}}"):
+        assert load(change).of_step() != load("").of_step()
+
+
+@pytest.mark.parametrize("preset", ["rounds", "derived", "reference", "paper"])
+def test_the_part_of_a_step_survives_being_written_and_read(preset: str, load: Load, tmp_path: Path) -> None:
+    """Through YAML and JSON, twice: what is frozen beside a step gives the same settings and the same digest."""
+    part = load(f"method: {{name: alkn, preset: {preset}, clip: null}}\ntargets: {{p: holdout}}").of_step()
+    again = validate_settings(yaml.safe_load(yaml.safe_dump(part)), tmp_path / "params.yaml").of_step()
+    assert again == part
+    assert json.dumps(again, sort_keys=True) == json.dumps(part, sort_keys=True) == json.dumps(
+        json.loads(json.dumps(part, allow_nan=False)), sort_keys=True
+    )
