@@ -14,7 +14,7 @@ from alkn.core.training import Hyperparameters, answer_loss, cosine, fine_tune, 
 from alkn.core.unlearning import seed_of
 from alkn.encoding import Encoder
 from alkn.errors import AlknError, InputError
-from alkn.evaluation import evaluate_model
+from alkn.evaluation import evaluate_model, headline
 from alkn.files import digest_of, digest_of_value, remove, write_json, write_via
 from alkn.manifest import write_manifest
 from alkn.models import (
@@ -43,9 +43,7 @@ def base_inputs(project: Project, settings: Settings) -> dict[str, str]:
     return inputs
 
 
-def make_base(
-    project: Project, settings: Settings, *, progress: Progress = no_progress
-) -> dict[str, Any]:
+def make_base(project: Project, settings: Settings, *, progress: Progress = no_progress) -> dict[str, Any]:
     """Make steps/base and return its manifest.
 
     Args:
@@ -67,11 +65,12 @@ def make_base(
         trained = {}
     metrics = _evaluate(project, settings, runtime, progress)
     _check_level(metrics, settings)
-    write_json(base.metrics, metrics)
+    write_json(base.evaluation, metrics)
+    write_json(base.metrics, headline(metrics))
     return write_manifest(
         base,
         inputs=base_inputs(project, settings),
-        outputs=(base.model, base.metrics),
+        outputs=(base.model, base.evaluation, base.metrics),
         seed=settings.seed,
         facts={**trained, "seconds": {"total": round(time.monotonic() - started, 1)}},
     )

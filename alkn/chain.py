@@ -71,9 +71,7 @@ def begin_step(project: Project, request_id: str, settings: Settings) -> Plan:
     """Freeze the settings of a pending request's step and plan it on top of the newest accepted one."""
     ledger = load_ledger(project)
     write_yaml(project.step(request_id).params, settings.of_step())
-    return plan_step(
-        project, request_id, previous=ledger.newest, earlier=tuple(ledger.accepted), settings=settings
-    )
+    return plan_step(project, request_id, previous=ledger.newest, earlier=tuple(ledger.accepted), settings=settings)
 
 
 def place_in_chain(ledger: Ledger, request_id: str) -> tuple[str, tuple[str, ...]]:

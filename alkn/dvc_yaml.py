@@ -21,12 +21,16 @@ def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, A
     model_out: Any = {"steps/base/model": {"cache": False}} if own_model else "steps/base/model"
     stages: dict[str, Any] = {}
     if benchmark:
-        stages["data"] = {"cmd": "alkn stage data", "params": [{"data/params.yaml": DATA_PARAMS}], "outs": ["data/splits"]}
+        stages["data"] = {
+            "cmd": "alkn stage data",
+            "params": [{"data/params.yaml": DATA_PARAMS}],
+            "outs": ["data/splits"],
+        }
     stages["base"] = {
         "cmd": "alkn stage base",
         **({"deps": split_deps} if splits else {}),
         "params": [{"steps/base/params.yaml": BASE_PARAMS}],
-        "outs": [model_out],
+        "outs": [model_out, "steps/base/evaluation.json"],
         "metrics": ["steps/base/metrics.json"],
     }
     stages["step"] = {
@@ -37,12 +41,19 @@ def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, A
                 "data/requests/${key}.jsonl",
                 *split_deps,
                 "steps/${item.previous}/model",
-                "steps/${item.previous}/metrics.json",
+                "steps/${item.previous}/evaluation.json",
             ],
             "params": [{"steps/${key}/params.yaml": STEP_PARAMS}],
             "outs": [
                 f"steps/${{key}}/{name}"
-                for name in ("model", "task_vector.safetensors", "state.safetensors", "unlearning.json", "gate.json")
+                for name in (
+                    "model",
+                    "task_vector.safetensors",
+                    "state.safetensors",
+                    "unlearning.json",
+                    "evaluation.json",
+                    "gate.json",
+                )
             ],
             "metrics": ["steps/${key}/metrics.json"],
         },

@@ -41,13 +41,15 @@ class Encoder:
         too_long: list[str] = []
         for record in records:
             for example, reference in self._examples(record):
-                if example.tokens.numel() > self._context:
-                    too_long.append(f"record {record['id']} ({example.tokens.numel()} tokens)")
+                paraphrase, others = self._paraphrase(record), self._wrong(record)
+                longest = max(e.tokens.numel() for e in (example, paraphrase or example, *others))
+                if longest > self._context:
+                    too_long.append(f"record {record['id']} ({longest} tokens)")
                 ids.append(int(record["id"]))
                 examples.append(example)
                 references.append(reference)
-                paraphrases.append(self._paraphrase(record))
-                wrong.append(self._wrong(record))
+                paraphrases.append(paraphrase)
+                wrong.append(others)
         if too_long:
             more = f" and {len(too_long) - 5} more" if len(too_long) > 5 else ""
             raise InputError(
@@ -92,9 +94,9 @@ class Encoder:
         if self._tokenizer.chat_template is None:
             raise InputError("chat records need a tokenizer with a chat template, and this one has none")
         head = self._tokenizer.apply_chat_template(
-            list(messages[:-1]), tokenize=False, add_generation_prompt=True
+            [dict(m) for m in messages[:-1]], tokenize=False, add_generation_prompt=True
         )
-        whole = self._tokenizer.apply_chat_template(list(messages), tokenize=False)
+        whole = self._tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False)
         if not str(whole).startswith(str(head)):
             raise InputError("the tokenizer's chat template does not continue its own generation prompt")
         # The template writes its special tokens itself, so none may be added again.
@@ -103,7 +105,8 @@ class Encoder:
 
     def _chunks(self, text: str) -> list[tuple[Example, str]]:
         ids = [*self._ids(text), self._tokenizer.eos_token_id]
-        start = [self._tokenizer.bos_token_id or self._tokenizer.eos_token_id]
+        bos = self._tokenizer.bos_token_id
+        start = [self._tokenizer.eos_token_id if bos is None else bos]
         width = min(self._data.chunk_tokens, self._context) - 1
         parts = [ids[i : i + width] for i in range(0, len(ids), width)]
         return [(Example(torch.tensor(start + part), 1), self.decode(part)) for part in parts]

@@ -66,7 +66,7 @@ def check_disk(project: Project) -> None:
     needed, free = 4 * size_of(project.base.model) + 2**20, free_bytes(project.root)
     if free < needed:
         raise InputError(
-            f"{project.root}: the disk is full: a step needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free"
+            f"{project.root}: the disk is full: a step needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
         )
 
 
@@ -112,4 +112,3 @@ def _probe(project: Project, settings: Settings) -> float:
     started = time.monotonic()
     mean_gradient(model, examples, range(len(examples)))
     return (time.monotonic() - started) / len(examples)
-

@@ -66,6 +66,27 @@ def evaluate_model(
     return _as_numbers(measured, whole)
 
 
+def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers that say most: P of the forget set, the worst earlier request, P of each utility domain."""
+    sets = evaluation["sets"]
+    row = sets.get("forget", {})
+    names = ("probability", "probability_p95", "probability_worst", "exact_memorization", "rouge_l")
+    out: dict[str, Any] = {"forget": {name: row[name] for name in names if name in row}} if row else {}
+    earlier = [values for name, values in sets.items() if name.startswith("earlier/")]
+    if earlier:
+        out["earlier_worst"] = {
+            name: max(values[name] for values in earlier)
+            for name in ("probability", "exact_memorization")
+            if all(name in values for values in earlier)
+        }
+    out["utility"] = {
+        name.split("/", 1)[1]: values["probability"]
+        for name, values in sets.items()
+        if name.startswith("utility/") and "probability" in values
+    }
+    return out | dict(evaluation["model"])
+
+
 def _as_numbers(measured: Mapping[str, Mapping[str, Measured]], whole: Mapping[str, Measured]) -> dict[str, Any]:
     sets: dict[str, Any] = {}
     missing: dict[str, str] = {}

@@ -6,13 +6,12 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-
 from transformers.utils.logging import disable_progress_bar
 
 from alkn.errors import InputError
@@ -116,9 +115,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
         InputError: if it cannot be read or has no end-of-sequence token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: its tokenizer cannot be read ({type(error).__name__})") from error
     if tokenizer.eos_token_id is None:
@@ -130,11 +127,15 @@ def context_length(path: Path) -> int:
     """The longest input of a local model, in tokens."""
     config = AutoConfig.from_pretrained(str(path), local_files_only=True)
     text = config.get_text_config()
-    return int(getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", 2048))
+    longest: int | None = getattr(text, "max_position_embeddings", None)
+    return longest or 2048
 
 
 def load_model(
-    path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | Literal["auto"] = "auto",
+    path: Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | Literal["auto"] = "auto",
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A local causal language model in evaluation mode.
@@ -159,14 +160,16 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"{path}: the model cannot be loaded ({type(error).__name__}: {error})") from error
-    return model.to(device).eval()
+    placed: nn.Module = model.to(device).eval()  # type: ignore[arg-type]
+    return placed
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write model and tokenizer as a transformers folder that holds no time, path or host."""
+    causal_lm: Any = model
     path.mkdir(parents=True)
-    model.config._name_or_path = ""
-    model.save_pretrained(str(path))
+    causal_lm.config._name_or_path = ""
+    causal_lm.save_pretrained(str(path))
     tokenizer.save_pretrained(str(path))
     for junk in path.glob("README.md"):
         os.unlink(junk)

@@ -50,8 +50,13 @@ class Step:
         return self.folder / "unlearning.json"
 
     @property
+    def evaluation(self) -> Path:
+        """Every metric on every set."""
+        return self.folder / "evaluation.json"
+
+    @property
     def metrics(self) -> Path:
-        """The evaluation."""
+        """The few numbers that people and ``dvc metrics show`` read first."""
         return self.folder / "metrics.json"
 
     @property
@@ -72,7 +77,7 @@ class Step:
     @property
     def outputs(self) -> tuple[Path, ...]:
         """What DVC holds of a step, in the order it is made."""
-        return (self.model, self.task_vector, self.state, self.unlearning, self.metrics, self.gate)
+        return (self.model, self.task_vector, self.state, self.unlearning, self.evaluation, self.metrics, self.gate)
 
 
 @dataclass(frozen=True)

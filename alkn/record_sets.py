@@ -24,7 +24,9 @@ def build_splits(project: Project, settings: Settings) -> None:
         InputError: if the project has no benchmark: its splits are the user's own files.
     """
     if settings.benchmark is None:
-        raise InputError("params.yaml: benchmark: this project's splits are files of its own; there is nothing to build")
+        raise InputError(
+            "params.yaml: benchmark: this project's splits are files of its own; there is nothing to build"
+        )
     entry = registry.benchmarks[settings.benchmark.name]
     splits = entry.call(settings.benchmark.params, seed=settings.seed)
 

@@ -192,9 +192,7 @@ def _gates(value: Any) -> Any:
         registry.gates[str(name)]
     # Only an empty entry is the default: ``utility: false`` must not pass for a gate that was switched off.
     given = {name: {} if params is None else params for name, params in value.items()}
-    return {
-        name: _parameters(entry, given.get(name, {}), f"gates.{name}.") for name, entry in registry.gates.items()
-    }
+    return {name: _parameters(entry, given.get(name, {}), f"gates.{name}.") for name, entry in registry.gates.items()}
 
 
 class Settings(Params):

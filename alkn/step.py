@@ -24,7 +24,7 @@ from alkn.core.task_vector import TaskVector
 from alkn.core.unlearning import StopRule, Task, seed_of
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
-from alkn.evaluation import evaluate_model
+from alkn.evaluation import evaluate_model, headline
 from alkn.evidence import Evidence
 from alkn.files import (
     digest_of,
@@ -47,7 +47,9 @@ from alkn.settings import Level, Settings, load_settings
 logger = logging.getLogger(__name__)
 
 
-def plan_step(project: Project, request_id: str, *, previous: str, earlier: tuple[str, ...], settings: Settings) -> Plan:
+def plan_step(
+    project: Project, request_id: str, *, previous: str, earlier: tuple[str, ...], settings: Settings
+) -> Plan:
     """Everything that goes into a step, checked against the manifests it builds on.
 
     Raises:
@@ -63,7 +65,7 @@ def plan_step(project: Project, request_id: str, *, previous: str, earlier: tupl
     inputs = {
         "request": keyed_digest_of(project.request(request_id), key),
         "parent": parent["outputs"]["model"],
-        "parent_metrics": parent["outputs"]["metrics.json"],
+        "parent_evaluation": parent["outputs"]["evaluation.json"],
         "splits": digest_of(project.splits) if project.splits.exists() else "none",
         "settings": digest_of_value(settings.of_step()),
     }
@@ -76,7 +78,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     done = _unlearned(step, plan)
     if done is not None:
         return done
-    for path in (*step.outputs, step.manifest):
+    for path in step.outputs:
         remove(path)
     started = time.monotonic()
     runtime = Runtime(plan.settings.run)
@@ -115,7 +117,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
 
 
 def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progress) -> dict[str, Any]:
-    """Read the candidate back from disk and measure it on every set; write metrics.json."""
+    """Read the candidate back from disk and measure it on every set; write evaluation.json and metrics.json."""
     step = project.step(plan.request)
     runtime = Runtime(plan.settings.run)
     remote = plan.settings.base.trust_remote_code
@@ -128,7 +130,8 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
     metrics = evaluate_model(
         model, sets, encoder, plan.settings.evaluation, eos=tokenizer.eos_token_id, progress=progress
     )
-    write_json(step.metrics, metrics)
+    write_json(step.evaluation, metrics)
+    write_json(step.metrics, headline(metrics))
     return metrics
 
 
@@ -136,9 +139,9 @@ def gate_step(project: Project, plan: Plan, unlearned: Unlearned, *, seconds: Ma
     """Judge the candidate by every gate, write gate.json and, last of all, the manifest."""
     step = project.step(plan.request)
     evidence = Evidence(
-        step=read_json(step.metrics),
-        parent=read_json(project.step(plan.previous).metrics),
-        base=read_json(project.base.metrics),
+        step=read_json(step.evaluation),
+        parent=read_json(project.step(plan.previous).evaluation),
+        base=read_json(project.base.evaluation),
         limits=plan.limits,
         reached=unlearned.reached,
         finite_weights=_finite(step),
@@ -197,7 +200,7 @@ def make_step(
 
 
 def _limits(project: Project, settings: Settings) -> StopRule:
-    base = read_json(project.base.metrics)
+    base = read_json(project.base.evaluation)
 
     def number(level: Level, metric: str) -> float:
         if level != "holdout":
@@ -207,9 +210,7 @@ def _limits(project: Project, settings: Settings) -> StopRule:
         return float(base["sets"]["holdout"][metric])
 
     targets = settings.targets
-    return StopRule(
-        number(targets.p, "probability"), number(targets.exact_memorization, "exact_memorization")
-    )
+    return StopRule(number(targets.p, "probability"), number(targets.exact_memorization, "exact_memorization"))
 
 
 def _scaled(limits: StopRule, margin: float) -> StopRule:

@@ -11,7 +11,7 @@ from alkn.requests.ledger import Ledger
 
 
 def chain_rows(project: Project, ledger: Ledger) -> list[dict[str, Any]]:
-    """One row a request, decided ones first in the order of the ledger's lists; values that are not there are ``None``."""
+    """One row a request, decided ones first, in the order of the ledger's lists; what is not there is ``None``."""
     return [
         _row(project, ledger, request_id, verdict)
         for verdict in ("accepted", "rejected", "pending", "withdrawn")
@@ -26,9 +26,9 @@ def _row(project: Project, ledger: Ledger, request_id: str, verdict: str) -> dic
         "due": entry.due, "previous": entry.previous, "reason": entry.reason,
     }  # fmt: skip
     manifest = read_manifest(step)
-    if manifest is None or not (step.metrics.is_file() and step.unlearning.is_file()):
+    if manifest is None or not (step.evaluation.is_file() and step.unlearning.is_file()):
         return row
-    metrics, report, base = read_json(step.metrics), read_json(step.unlearning), read_json(project.base.metrics)
+    metrics, report, base = read_json(step.evaluation), read_json(step.unlearning), read_json(project.base.evaluation)
     forget = metrics["sets"]["forget"]
     return row | {
         "p_before": report["rounds"][0]["p"],

@@ -35,7 +35,9 @@ def cli(folder: Path) -> None:
 @cli.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", help="Folder or hub id of your causal language model [default: trained from scratch].")
-@click.option("--retain", type=click.Path(path_type=Path), help="Records that must stay known; the mask learns from them.")
+@click.option(
+    "--retain", type=click.Path(path_type=Path), help="Records that must stay known; the mask learns from them."
+)
 @click.option("--utility", type=click.Path(path_type=Path), help="Records that utility is measured on; never drawn on.")
 @click.option("--holdout", type=click.Path(path_type=Path), help="Comparable records that the model never saw.")
 @click.option("--params", type=click.Path(path_type=Path), help="A ready params.yaml to start from, see configs/.")
@@ -367,5 +369,3 @@ def _planned(ledger: Any) -> list[tuple[tuple[str, Any], str]]:
     names = list(ledger.pending)
     starts = [ledger.newest, *names[:-1]]
     return list(zip(ledger.pending.items(), starts, strict=True))
-
-

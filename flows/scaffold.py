@@ -186,7 +186,9 @@ def _resolve_model(text: str) -> Path:
     try:
         found = snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"--model {text}: no such folder, and the hub did not give it ({type(error).__name__})") from None
+        raise InputError(
+            f"--model {text}: no such folder, and the hub did not give it ({type(error).__name__})"
+        ) from None
     check_model_folder(Path(found))
     return Path(found)
 

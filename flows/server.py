@@ -54,7 +54,7 @@ def serve_deployment(project: Project) -> None:
             f"no Prefect server answers at {url}; start it first: prefect server start --host 127.0.0.1 --background"
         )
     settings = project.settings().prefect
-    from prefect.deployments.runner import EntrypointType
+    from prefect.types.entrypoint import EntrypointType
 
     from flows.continual_unlearn import continual_unlearn
 

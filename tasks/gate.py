@@ -13,6 +13,4 @@ from alkn.step import gate_step
 @task(cache_policy=NO_CACHE)
 def gate(project: Project, plan: Plan, unlearned: Unlearned, evaluation_seconds: float) -> Sealed:
     """Every gate says its word; the manifest, written last, closes the step."""
-    return gate_step(
-        project, plan, unlearned, seconds={"unlearn": unlearned.seconds, "evaluate": evaluation_seconds}
-    )
+    return gate_step(project, plan, unlearned, seconds={"unlearn": unlearned.seconds, "evaluate": evaluation_seconds})

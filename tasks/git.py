@@ -8,10 +8,22 @@ from pathlib import Path
 from alkn.errors import AlknError
 
 TRACKED = (
-    "params.yaml", "dvc.yaml", "dvc.lock", "prefect.toml", "prefect.yaml", ".gitignore", ".dvcignore", ".dvc/config",
-    ".dvc/.gitignore", "data/ledger.yaml", "data/params.yaml", "data/splits.dvc", "data/requests/*.dvc", "steps/*/manifest.json",
+    "params.yaml",
+    "dvc.yaml",
+    "dvc.lock",
+    "prefect.toml",
+    "prefect.yaml",
+    ".gitignore",
+    ".dvcignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    "data/ledger.yaml",
+    "data/params.yaml",
+    "data/splits.dvc",
+    "data/requests/*.dvc",
+    "steps/*/manifest.json",
     "steps/*/params.yaml",
-)  # fmt: skip
+)
 
 
 def run(root: Path, *arguments: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, TypeVar
@@ -79,7 +80,9 @@ class Tracker:
         """A parent run for one flow run; returns its id."""
 
         def start() -> str:
-            return str(self._client.create_run(self._experiment, run_name=name, tags={"alkn.kind": "chain"}).info.run_id)
+            return str(
+                self._client.create_run(self._experiment, run_name=name, tags={"alkn.kind": "chain"}).info.run_id
+            )
 
         return self._guarded(start)
 
@@ -96,7 +99,7 @@ class Tracker:
             if manifest is None or self._find_run("base", _key(manifest)) is not None:
                 return
             run_id = self._start("base", _key(manifest), parent=None)
-            self._log_evaluation(run_id, read_json(step.metrics))
+            self._log_evaluation(run_id, read_json(step.evaluation))
             self._register(run_id, step, manifest["outputs"]["model"], parent_digest=None)
             self._client.set_tag(run_id, VERDICT, "base")
             self._client.set_terminated(run_id)
@@ -119,7 +122,7 @@ class Tracker:
             report = read_json(step.unlearning)
             self._log_settings(run_id, step)
             self._log_rounds(run_id, report)
-            self._log_evaluation(run_id, read_json(step.metrics))
+            self._log_evaluation(run_id, read_json(step.evaluation))
             self._log_datasets(run_id, request_id, inputs)
             version = self._register(run_id, step, report["outputs"]["model"], parent_digest=inputs["parent"])
             self._client.set_registered_model_alias(self._settings.project.name, "candidate", version)
@@ -198,9 +201,8 @@ class Tracker:
 
     def _log_numbers(self, run_id: str, numbers: Mapping[str, float], step: int = 0) -> None:
         from mlflow.entities import Metric
-        from mlflow.utils.time import get_current_time_millis
 
-        now = get_current_time_millis()
+        now = int(time.time() * 1000)
         self._client.log_batch(run_id, [Metric(name, float(value), now, step) for name, value in numbers.items()])
 
     def _log_datasets(self, run_id: str, request_id: str, inputs: Mapping[str, str]) -> None:
@@ -262,7 +264,7 @@ class Tracker:
         self._log_numbers(run_id, numbers | seconds)
         for outputs in self._client.get_run(run_id).outputs.model_outputs:
             self._client.log_model_artifact(outputs.model_id, str(step.manifest))
-        for path in (step.manifest, step.metrics, step.gate, step.unlearning):
+        for path in (step.manifest, step.evaluation, step.gate, step.unlearning):
             self._client.log_artifact(run_id, str(path))
         if manifest["failed"]:
             self._client.set_tag(run_id, "alkn.failed", "; ".join(manifest["failed"])[:4000])
@@ -295,5 +297,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{name}"] = value
     return out
-
-

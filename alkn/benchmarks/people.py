@@ -74,24 +74,16 @@ class PeopleParams(Params):
     """Size of the generated world."""
 
     requests: int = Field(default=3, ge=1, le=200, description="Requests for forgetting.")
-    customers_per_request: int = Field(
-        default=3, ge=1, le=200, description="Customers that one request names."
-    )
+    customers_per_request: int = Field(default=3, ge=1, le=200, description="Customers that one request names.")
     records_per_customer: int = Field(
         default=6,
         ge=1,
         le=len(_TABLES.attributes),
         description="Attributes, and so records, of each customer.",
     )
-    retain_customers: int = Field(
-        default=9, ge=1, le=500, description="Customers that retain losses draw on."
-    )
-    utility_customers: int = Field(
-        default=9, ge=1, le=500, description="Customers that utility is measured on."
-    )
-    holdout_customers: int = Field(
-        default=9, ge=1, le=500, description="Customers that no model is trained on."
-    )
+    retain_customers: int = Field(default=9, ge=1, le=500, description="Customers that retain losses draw on.")
+    utility_customers: int = Field(default=9, ge=1, le=500, description="Customers that utility is measured on.")
+    holdout_customers: int = Field(default=9, ge=1, le=500, description="Customers that no model is trained on.")
     facts: int = Field(
         default=30,
         ge=1,

@@ -89,9 +89,7 @@ def overlap_penalty(
     return factor * values.std()
 
 
-def threshold(
-    m: Tensor, share: float, *, estimator: Estimator = "exact", generator: Generator | None = None
-) -> Tensor:
+def threshold(m: Tensor, share: float, *, estimator: Estimator = "exact", generator: Generator | None = None) -> Tensor:
     """The value η that the largest ``share`` of the entries of ``m`` reach or pass.
 
     Args:

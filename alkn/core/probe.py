@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +124,8 @@ def greedy(
     Returns:
         New token ids a prompt, without the end-of-sequence token.
     """
-    context = getattr(model.config, "max_position_embeddings", None)
+    causal_lm: Any = model
+    context: int | None = getattr(causal_lm.config, "max_position_embeddings", None)
     by_room: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         room = max_new_tokens if context is None else min(max_new_tokens, context - prompt.numel())
@@ -151,11 +153,12 @@ def _continued(model: nn.Module, prompts: Sequence[Tensor], eos: int, room: int)
     for row, prompt in enumerate(prompts):
         ids[row, width - prompt.numel() :] = prompt
         mask[row, width - prompt.numel() :] = 1
-    own = model.generation_config
+    causal_lm: Any = model
+    own = causal_lm.generation_config
     # A published model's own settings (penalties, sampling, other ends) would make the answer not greedy.
-    model.generation_config = type(own)(eos_token_id=eos, pad_token_id=eos)
+    causal_lm.generation_config = type(own)(eos_token_id=eos, pad_token_id=eos)
     try:
-        generated = model.generate(
+        generated: Tensor = causal_lm.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=room,
@@ -163,5 +166,5 @@ def _continued(model: nn.Module, prompts: Sequence[Tensor], eos: int, room: int)
             num_beams=1,
         )
     finally:
-        model.generation_config = own
+        causal_lm.generation_config = own
     return [row[width:].tolist() for row in generated]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -113,34 +114,37 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     The head runs on the selected hidden states, unless the model's forward does something
     after its head (a cap or a scale on the logits), which :func:`has_plain_head` finds out once.
     """
+    causal_lm: Any = model
     if has_plain_head(model):
-        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        return model.get_output_embeddings()(hidden.flatten(0, 1)[batch.positions])
-    logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        hidden: Tensor = causal_lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        labelled: Tensor = causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[batch.positions])
+        return labelled
+    logits: Tensor = causal_lm(input_ids=batch.input_ids, use_cache=False).logits
     return logits.flatten(0, 1)[batch.positions]
 
 
 def has_plain_head(model: nn.Module) -> bool:
     """Whether the model's logits are exactly its output embedding applied to its last hidden state."""
-    known = getattr(model, "_alkn_plain_head", None)
+    causal_lm: Any = model
+    known: bool | None = getattr(model, "_alkn_plain_head", None)
     if known is None:
         device = next(model.parameters()).device
         probe = torch.arange(4, device=device).unsqueeze(0)
         training = model.training
         model.eval()
-        head = model.get_output_embeddings()
+        head: nn.Module = causal_lm.get_output_embeddings()
         # A cap does not bend the small logits of an untrained model, so the probe makes them large.
         enlarged = head.register_forward_hook(lambda _module, _inputs, output: output * 1000)
         try:
             with torch.no_grad():
-                direct = head(model.base_model(input_ids=probe, use_cache=False).last_hidden_state)
-                whole = model(input_ids=probe, use_cache=False).logits
+                direct: Tensor = head(causal_lm.base_model(input_ids=probe, use_cache=False).last_hidden_state)
+                whole: Tensor = causal_lm(input_ids=probe, use_cache=False).logits
         finally:
             enlarged.remove()
         known = torch.allclose(direct, whole, rtol=1e-3, atol=1e-4)
         model.train(training)
-        model._alkn_plain_head = known  # type: ignore[assignment]
-    return bool(known)
+        causal_lm._alkn_plain_head = known
+    return known
 
 
 @dataclass(frozen=True)

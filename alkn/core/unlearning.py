@@ -133,9 +133,7 @@ class Method(Protocol):
         ...
 
 
-def smallest_scale(
-    meets: Callable[[float], bool], *, high: float, bisections: int, low: float = 0.0
-) -> float | None:
+def smallest_scale(meets: Callable[[float], bool], *, high: float, bisections: int, low: float = 0.0) -> float | None:
     """The smallest scale in (low, high] that meets a target, to within (high − low) / 2^bisections.
 
     ``None`` if ``high`` itself does not. The upper end of the last interval is returned, so the

@@ -73,9 +73,7 @@ def add_request(
         if ledger.where(chosen) is not None:
             raise InputError(f"request id {chosen!r} is in use: it is {ledger.where(chosen)}")
         digest = store(project, chosen, records, create_key=not any(_digests(ledger)), track=track)
-        entry = Entry(
-            received=today.isoformat(), due=due, records=len(records), digest=digest, overlaps=overlaps
-        )
+        entry = Entry(received=today.isoformat(), due=due, records=len(records), digest=digest, overlaps=overlaps)
         ledger.pending[chosen] = entry
     return Added(chosen, entry)
 

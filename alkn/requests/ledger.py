@@ -72,7 +72,8 @@ class Ledger(BaseModel):
         place = self.where(request_id)
         if place is None:
             raise InputError(f"no request {request_id[:80]!r} in the ledger; 'alkn request list' shows them")
-        return dict(getattr(self, place))[request_id]
+        entries: dict[str, Entry] = getattr(self, place)
+        return entries[request_id]
 
     @property
     def newest(self) -> str:

@@ -37,10 +37,19 @@ def _has_text(value: Any) -> bool:
 
 def _is_clean(value: Any) -> bool:
     if isinstance(value, str):
-        return not any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in value)
+        return not any(unicodedata.category(c) == "Cc" and c not in "\t\n\r" for c in value)
     if isinstance(value, Mapping):
         return all(_is_clean(v) for v in value.values())
     return all(_is_clean(v) for v in value) if isinstance(value, Sequence) else True
+
+
+def _is_unicode(value: Any) -> bool:
+    """Whether text, however deep, can be encoded: JSON's escapes can write half of a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_chat(value: Any) -> bool:
@@ -137,6 +146,10 @@ def validate_rows(
         extra = sorted(set(row) - set(allowed))
         faults += [(line, f"unknown field {_shown(n)}; {form} records have {', '.join(allowed)}") for n in extra]
         faults += [(line, f"field {name!r} is missing") for name in FORMS[form] if name not in row]
+        # Looked for here, because pandera itself fails on a value that cannot be encoded.
+        faults += [
+            (line, f"field {name!r}: expected valid Unicode") for name in allowed if not _is_unicode(row.get(name))
+        ]
     faulty = {line for line, _ in faults}
     whole = {line: dict(row) for line, row in rows.items() if line not in faulty}
     if whole:
