@@ -369,3 +369,7 @@ def _planned(ledger: Any) -> list[tuple[tuple[str, Any], str]]:
     names = list(ledger.pending)
     starts = [ledger.newest, *names[:-1]]
     return list(zip(ledger.pending.items(), starts, strict=True))
+
+
+if __name__ == "__main__":
+    main()

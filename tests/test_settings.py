@@ -59,7 +59,9 @@ def test_defaults(load: Load) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [REPOSITORY / "params.yaml", *sorted((REPOSITORY / "configs").glob("**/*.yaml"))], ids=lambda p: p.name
+    "path",
+    [REPOSITORY / "params.yaml", *sorted((REPOSITORY / "configs").glob("**/*.yaml"))],
+    ids=lambda p: p.name,
 )
 def test_the_files_of_this_repository_load(path: Path) -> None:
     load_settings(path)
@@ -127,7 +129,12 @@ def test_a_name_like_nothing_known_gets_no_guess(fails: Fails) -> None:
         ("base: {training: {lr: .inf}}", "base.training.lr", "finite number", "inf"),
         ("base: {architecture: {layers: 0}}", "base.architecture.layers", "greater than or equal to 1", "0"),
         ("base: {architecture: {vocab_size: 256}}", "base.architecture.vocab_size", "or equal to 300", "256"),
-        ("base: {architecture: {hidden_size: 36}}", "base.architecture", "multiple of 2 * heads, 8", "a dict"),
+        (
+            "base: {architecture: {hidden_size: 36}}",
+            "base.architecture",
+            "multiple of 2 * heads, 8",
+            "a dict",
+        ),
         ("run: {device: tpu}", "run.device", "'auto', 'cpu' or 'cuda'", "'tpu'"),
         ("git: {commit: perhaps}", "git.commit", "a valid boolean", "'perhaps'"),
         ("project: {name: ../x}", "project.name", "match pattern", "'../x'"),
@@ -189,7 +196,12 @@ def test_a_missing_file_says_how_to_make_a_project(tmp_path: Path) -> None:
     [
         ("", ["targets.p=0.05"], lambda s: s.targets.p, 0.05),
         ("", ["targets.p=holdout"], lambda s: s.targets.p, "holdout"),
-        ("targets: {p: 0.2, margin: 0.5}", ["targets.p=0.05"], lambda s: (s.targets.p, s.targets.margin), (0.05, 0.5)),
+        (
+            "targets: {p: 0.2, margin: 0.5}",
+            ["targets.p=0.05"],
+            lambda s: (s.targets.p, s.targets.margin),
+            (0.05, 0.5),
+        ),
         ("", ["base.training.lr=1e-4"], lambda s: s.base.training.lr, 1e-4),
         ("", ["seed=1", "seed=2"], lambda s: s.seed, 2),
         ("method: alkn", ["method.lr=1e-4"], lambda s: s.method.params.lr, 1e-4),
@@ -246,7 +258,13 @@ def test_the_part_of_a_step_holds_what_it_computes_with(load: Load) -> None:
     assert part["gates"]["utility"]["parent"] == 0.6
     elsewhere = "project: {name: x}\ntracking: {timeout: 3}\nprefect: {cron: '0 4 * * *'}\ngit: {commit: true}"
     assert load(elsewhere).of_step() == load("").of_step()
-    for change in ("seed: 1", "data: {chunk_tokens: 9}", "targets: {p: 0.2}", "run: {threads: 1}", "gates: {finite: {enabled: false}}"):
+    for change in (
+        "seed: 1",
+        "data: {chunk_tokens: 9}",
+        "targets: {p: 0.2}",
+        "run: {threads: 1}",
+        "gates: {finite: {enabled: false}}",
+    ):
         assert load(change).of_step() != load("").of_step()
 
 
@@ -256,6 +274,8 @@ def test_the_part_of_a_step_survives_being_written_and_read(preset: str, load: L
     part = load(f"method: {{name: alkn, preset: {preset}, clip: null}}\ntargets: {{p: holdout}}").of_step()
     again = validate_settings(yaml.safe_load(yaml.safe_dump(part)), tmp_path / "params.yaml").of_step()
     assert again == part
-    assert json.dumps(again, sort_keys=True) == json.dumps(part, sort_keys=True) == json.dumps(
-        json.loads(json.dumps(part, allow_nan=False)), sort_keys=True
+    assert (
+        json.dumps(again, sort_keys=True)
+        == json.dumps(part, sort_keys=True)
+        == json.dumps(json.loads(json.dumps(part, allow_nan=False)), sort_keys=True)
     )

@@ -31,6 +31,10 @@ class Forgetting:
         """The two numbers of a set's scores."""
         return cls(float(scores.probability.mean()), float(scores.exact_memorization.mean()))
 
+    def row(self, number: int, **more: float) -> dict[str, float]:
+        """A row of :attr:`Outcome.history`."""
+        return {"round": number, "p": self.p, "exact_memorization": self.exact_memorization, **more}
+
 
 @dataclass(frozen=True)
 class StopRule:
@@ -131,20 +135,3 @@ class Method(Protocol):
     def __call__(self, task: Task, params: object) -> Outcome:
         """Unlearn ``task.forget``."""
         ...
-
-
-def smallest_scale(meets: Callable[[float], bool], *, high: float, bisections: int, low: float = 0.0) -> float | None:
-    """The smallest scale in (low, high] that meets a target, to within (high − low) / 2^bisections.
-
-    ``None`` if ``high`` itself does not. The upper end of the last interval is returned, so the
-    scale always meets the target.
-    """
-    if not meets(high):
-        return None
-    for _ in range(bisections):
-        middle = 0.5 * (low + high)
-        if meets(middle):
-            high = middle
-        else:
-            low = middle
-    return high

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from alkn.core.calibration import calibrated_scale, smallest_scale
 from alkn.core.gradient_mask import (
     Estimator,
     PenaltyForm,
@@ -29,7 +30,7 @@ from alkn.core.gradient_mask import (
 from alkn.core.scoring import Batch, Scores, mean_gradient
 from alkn.core.soft_labels import SoftLabelForm, entropic_weights
 from alkn.core.training import Hyperparameters, answer_loss, fine_tune, linear_warmup, steps_of
-from alkn.core.unlearning import Forgetting, Outcome, Task, seed_of, smallest_scale
+from alkn.core.unlearning import Outcome, Task
 from alkn.registry import Params, register_method
 
 PAPER = "ALKN, ICML 2025, PMLR 267, pp. 68094-68117"
@@ -160,14 +161,10 @@ def _retain_gradient(task: Task, p: AlknParams, *names: object) -> tuple[dict[st
     return mean_gradient(task.model, task.retain, picks), len(picks)
 
 
-def _row(number: int, now: Forgetting, **more: float) -> dict[str, float]:
-    return {"round": number, "p": now.p, "exact_memorization": now.exact_memorization, **more}
-
-
 def _in_rounds(task: Task, p: AlknParams) -> Outcome:
     """θ ← θ − λ·τ in small rounds until the stop rule is met."""
     now, scores = task.measure()
-    history, passes = [_row(0, now)], 0
+    history, passes = [now.row(0)], 0
     previous = _previous_mask(task, p)
     for number in range(1, p.rounds + 1):
         if task.stop.met(now):
@@ -186,7 +183,7 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
         scale = _smallest_lambda(task, theta, tau, p)
         task.set_weights(theta, tau, scale)
         now, scores = task.measure()
-        history.append(_row(number, now, scale=scale))
+        history.append(now.row(number, scale=scale))
     task.progress("rounds", p.rounds, p.rounds)
     return Outcome(task.stop.met(now), history, _state(previous), passes)
 
@@ -297,22 +294,7 @@ def _at_once(task: Task, p: AlknParams) -> Outcome:
     task.set_weights(theta, tau, scale)
     now, _ = task.measure()
     passes = p.epochs * len(task.forget) + training.passes
-    return Outcome(task.stop.met(now), [_row(0, before), _row(1, now, scale=scale)], training.state(), passes)
-
-
-def calibrated_scale(
-    task: Task, theta: dict[str, Tensor], tau: dict[str, Tensor], *, largest: float = 64.0, bisections: int = 7
-) -> float:
-    """The smallest λ that meets the stop rule, by doubling and then bisection; ``largest`` if none does."""
-
-    def meets(scale: float) -> bool:
-        task.set_weights(theta, tau, scale)
-        return task.stop.met(task.measure()[0])
-
-    low, high = 0.0, 1.0
-    while high < largest and not meets(high):
-        low, high = high, 2 * high
-    return smallest_scale(meets, high=high, low=low, bisections=bisections) or largest
+    return Outcome(task.stop.met(now), [before.row(0), now.row(1, scale=scale)], training.state(), passes)
 
 
 class _MaskedTraining:
@@ -444,6 +426,3 @@ def _previous_mask(task: Task, p: AlknParams) -> dict[str, Tensor] | None:
 
 def _state(mask: dict[str, Tensor] | None) -> dict[str, Tensor]:
     return {} if mask is None else {f"mask.{name}": t.cpu() for name, t in mask.items()}
-
-
-__all__ = ["AlknParams", "alkn", "calibrated_scale", "seed_of"]

@@ -31,8 +31,6 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-
-
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -77,7 +75,6 @@ def test_accumulate_refuses_an_unknown_sign() -> None:
     with pytest.raises(ValueError, match="'derived' or 'paper', found 'plus'"):
         accumulate_(m, FORGET, RETAIN, sign="plus")  # type: ignore[arg-type]
     assert m.tolist() == [1.0] * 4
-
 
 
 ALPHA, LAMBDA = 0.5, 0.8
@@ -159,8 +156,6 @@ def test_a_step_of_derived_lowers_the_retain_loss_and_one_of_paper_raises_it(pro
     assert loss["paper"] - loss["derived"] == pytest.approx(2e-2 * LAMBDA * ALPHA * squares, rel=1e-2)
 
 
-
-
 @pytest.mark.parametrize("factor", [0.5, 1.0, 0.0])
 def test_overlap_penalty_against_numpy(factor: float) -> None:
     """Unbiased standard deviations of G_u, or of the products."""
@@ -180,8 +175,6 @@ def test_overlap_penalty_of_one_element_is_zero() -> None:
 def test_overlap_penalty_refuses_an_unknown_form() -> None:
     with pytest.raises(ValueError, match="'gradient_std' or 'product_std', found 'std'"):
         overlap_penalty(FORGET, RETAIN, form="std")  # type: ignore[arg-type]
-
-
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.3, 0.5, 0.98, 0.999])
@@ -255,8 +248,6 @@ def test_threshold_refuses_unknown_estimators_and_a_missing_generator() -> None:
         threshold(FORGET, 0.5, estimator="sampled")
 
 
-
-
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1, 0.5, 0.99, 1.0])
 def test_mask_keeps_the_share(share: float) -> None:
     """Just so many entries, all of them at least as large as the rest."""
@@ -283,8 +274,6 @@ def test_masks_have_one_threshold_over_all_tensors() -> None:
     assert all(np.array_equal(masks[n].numpy(), m[n].numpy() >= eta) for n in m)
     assert sum(int(t.sum()) for t in masks.values()) == 101
     assert int(masks["large"].sum()) > 90 and int(masks["bias"].sum()) == 0
-
-
 
 
 def _whole() -> dict[str, Tensor]:

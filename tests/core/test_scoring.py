@@ -61,9 +61,7 @@ def test_capped_and_scaled_logits_are_recognised(kind: str, std: float, make_mod
     assert not has_plain_head(make_model(kind, std=std))
 
 
-def test_a_cap_that_only_later_matters_is_kept(
-    make_model: Any, make_examples: Any, full_forward: Any
-) -> None:
+def test_a_cap_that_only_later_matters_is_kept(make_model: Any, make_examples: Any, full_forward: Any) -> None:
     """A model that is looked at untrained and has large logits afterwards is still scored right."""
     model, examples = make_model("gemma2"), make_examples(3)
     score(model, examples)
@@ -234,7 +232,12 @@ def test_greedy_reports_its_progress(make_model: Any, make_examples: Any) -> Non
     calls: list[tuple[str, int, int]] = []
     prompts = prompts_of(make_examples)
     greedy(
-        make_model("llama"), prompts, eos=0, max_new_tokens=2, max_tokens=40, progress=lambda *c: calls.append(c)
+        make_model("llama"),
+        prompts,
+        eos=0,
+        max_new_tokens=2,
+        max_tokens=40,
+        progress=lambda *c: calls.append(c),
     )
     assert len(calls) > 1 and calls[-1] == ("generate", 9, 9)
     assert [c[1] for c in calls] == sorted(c[1] for c in calls)

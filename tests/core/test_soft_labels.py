@@ -14,7 +14,9 @@ from alkn.core.soft_labels import entropic_weights
 
 def test_paper_form_at_hand_worked_points() -> None:
     """σ(10 · (π − 1)): one half at π = 1, 1 / (1 + e^5) at one half, 1 / (1 + e^10) at 0."""
-    weights = entropic_weights(torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), form="paper", scale=10.0, midpoint=1.0)
+    weights = entropic_weights(
+        torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64), form="paper", scale=10.0, midpoint=1.0
+    )
     expected = [0.5, 1 / (1 + math.exp(5)), 1 / (1 + math.exp(10))]
     assert weights.tolist() == pytest.approx(expected, rel=1e-12)
 

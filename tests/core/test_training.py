@@ -63,7 +63,11 @@ def test_against_a_plain_loop(
     model = make_model(kind, std=0.1)
     twin = copy.deepcopy(model).eval()
     found = fine_tune(
-        model.train(), examples, hp, loss=answer_loss(token_weights if weighted else None), generator=seeded(7)
+        model.train(),
+        examples,
+        hp,
+        loss=answer_loss(token_weights if weighted else None),
+        generator=seeded(7),
     )
     optimizer = AdamW(twin.parameters(), lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1)
     generator, expected = seeded(7), []

