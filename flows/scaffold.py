@@ -129,7 +129,7 @@ def _values(folder: Path, wanted: Wanted, model: Path | None, records: dict[str,
         values = {"project": {"name": name}, "seed": 0}
         if model is None:
             values |= {"benchmark": {"name": "people"}, "base": {"architecture": {"vocab_size": 1024}}}
-        values["method"] = {"name": "alkn", "preset": "rounds"}
+        values["method"] = {"name": "alkn", "preset": "interleaved"}
         if model is None:
             values["targets"] = {"p": 0.01, "exact_memorization": "holdout"}
         elif "holdout" in records:

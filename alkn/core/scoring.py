@@ -108,6 +108,16 @@ def shuffled_batches(
             yield batches[pick]
 
 
+def endless_batches(count: int, batch_size: int, generator: Generator) -> Iterator[list[int]]:
+    """Batches without end: each record once before any comes again, across batch borders."""
+    order: list[int] = []
+    while True:
+        while len(order) < batch_size:
+            order += torch.randperm(count, generator=generator).tolist()
+        yield order[:batch_size]
+        order = order[batch_size:]
+
+
 def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits at the labelled positions only, ``[labels, vocab]``.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-SoftLabelForm = Literal["reference", "paper"]
+LOGIT_EPS = 1e-6
+"""Probabilities are held this far from 0 and 1 before their logit is taken."""
+SoftLabelForm = Literal["reference", "paper", "log_odds"]
 
 
 def entropic_weights(
@@ -22,9 +25,10 @@ def entropic_weights(
         token_probs: probability of each target token, any shape, in [0, 1].
         form: ``paper``: w = σ(scale · (π − midpoint)), equation 6 with midpoint 1;
             ``reference``: w = min(1, σ(scale · (π − midpoint)) − σ(−scale · midpoint)), the authors'
-            code with midpoint 0.8, which is exactly 0 at π = 0.
+            code with midpoint 0.8, which is exactly 0 at π = 0; ``log_odds`` (own):
+            w = σ(scale · (logit π − logit midpoint)), which also tells apart probabilities near 0 and 1.
         scale: steepness (s, or k in the code), > 0.
-        midpoint: probability at which the sigmoid is one half.
+        midpoint: probability at which the sigmoid is one half; inside (0, 1) for ``log_odds``.
 
     Returns:
         Weights, same shape and dtype as ``token_probs``, in [0, 1].
@@ -41,4 +45,7 @@ def entropic_weights(
     if form == "reference":
         offset = torch.sigmoid(token_probs.new_tensor(-scale * midpoint))
         return (torch.sigmoid(scale * (token_probs - midpoint)) - offset).clamp(max=1.0)
-    raise ValueError(f"form must be 'reference' or 'paper', found {form!r}")
+    if form == "log_odds":
+        logit = torch.logit(token_probs, eps=LOGIT_EPS)
+        return torch.sigmoid(scale * (logit - math.log(midpoint / (1.0 - midpoint))))
+    raise ValueError(f"form must be 'reference', 'paper' or 'log_odds', found {form!r}")

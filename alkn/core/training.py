@@ -66,6 +66,8 @@ class Hyperparameters:
         weight_decay: AdamW's decoupled decay.
         betas: AdamW's moments.
         clip: largest norm of the whole gradient; ``None``: no clipping.
+        window: batches that are sorted by length together, see :func:`alkn.core.scoring.shuffled_batches`;
+            1 where a batch must be a fair sample.
     """
 
     lr: float
@@ -74,6 +76,7 @@ class Hyperparameters:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float | None = None
+    window: int = 8
 
 
 def steps_of(examples: int, hp: Hyperparameters) -> int:
@@ -94,6 +97,51 @@ def answer_loss(weights: Sequence[Tensor] | None = None) -> Loss:
             return weighted_nll(logits, batch.targets, None)
         picked = torch.cat([weights[i] for i in batch.records]).to(logits.device)
         return weighted_nll(logits, batch.targets, picked)
+
+    return loss
+
+
+def suppression_loss(*, scale: float, midpoint: float) -> Loss:
+    """Mean over answer tokens of softplus(scale · (z − logit midpoint)) / scale, z the token's log-odds.
+
+    Its gradient in z is exactly the entropic weight of form ``log_odds`` at the model as it is now,
+    so descending it is the negation of one step of learning the log-odds with soft labels that are
+    never out of date: tokens that are forgotten already are left alone.
+
+    Args:
+        scale: steepness of the weight, > 0.
+        midpoint: probability at which the weight is one half, inside (0, 1).
+    """
+    offset = math.log(midpoint / (1.0 - midpoint))
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        odds = _log_odds(answer_logits(model, batch), batch.targets)
+        return nn.functional.softplus(scale * (odds - offset)).mean() / scale
+
+    return loss
+
+
+def _log_odds(logits: Tensor, targets: Tensor) -> Tensor:
+    """log(π / (1 − π)) of each target token, ``[labels]``, computed without cancellation."""
+    logits, target = logits.float(), targets.unsqueeze(1)
+    others = logits.scatter(1, target, float("-inf")).logsumexp(-1)
+    return logits.gather(1, target).squeeze(1) - others
+
+
+def distillation_loss(teacher: nn.Module) -> Loss:
+    """Mean over answer tokens of KL(teacher ‖ model), in nats: stay what the teacher was on these records.
+
+    Args:
+        teacher: the same kind of model, on the same device; it is not trained.
+
+    Source: Hinton et al. 2015; as a term against forgetting, Li and Hoiem 2016.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            wanted = torch.log_softmax(answer_logits(teacher, batch).float(), -1)
+        now = torch.log_softmax(answer_logits(model, batch).float(), -1)
+        return nn.functional.kl_div(now, wanted, reduction="batchmean", log_target=True)
 
     return loss
 
@@ -148,7 +196,7 @@ def fine_tune(
     losses: list[float] = []
     model.eval()
     for _ in range(hp.epochs):
-        for records in shuffled_batches(lengths, batch_size=hp.batch_size, generator=generator):
+        for records in shuffled_batches(lengths, batch_size=hp.batch_size, generator=generator, window=hp.window):
             batch = collate(examples, records, device=device)
             with autocast():
                 value = loss(model, batch)

@@ -105,6 +105,24 @@ class Task:
             for name, p in self.weights().items():
                 p.copy_((start[name] - scale * change[name]).to(self.stored))
 
+    def round_weights(self) -> None:
+        """θ rounded to the stored precision."""
+        with torch.no_grad():
+            for p in self.weights().values():
+                p.copy_(p.to(self.stored))
+
+    def measure_stored(self) -> Forgetting:
+        """The forget set under the model as it would be stored; the weights stay in float32."""
+        if self.stored is torch.float32:
+            return self.measure()[0]
+        exact = self.copy_weights()
+        self.round_weights()
+        now, _ = self.measure()
+        with torch.no_grad():
+            for name, p in self.weights().items():
+                p.copy_(exact[name])
+        return now
+
     def measure(self) -> tuple[Forgetting, Scores]:
         """Score the forget set with the model as it is."""
         scores = score(self.model, self.forget)

@@ -7,13 +7,14 @@ Four presets (docs/METHOD.md): ``rounds`` negates in small rounds and is the def
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alkn.core.calibration import calibrated_scale, smallest_scale
@@ -27,31 +28,43 @@ from alkn.core.gradient_mask import (
     top_share_mask,
     top_share_masks,
 )
-from alkn.core.scoring import Batch, Scores, mean_gradient
+from alkn.core.rehearsal import Keeper
+from alkn.core.scoring import Batch, Scores, collate, endless_batches, mean_gradient
 from alkn.core.soft_labels import SoftLabelForm, entropic_weights
-from alkn.core.training import Hyperparameters, answer_loss, fine_tune, linear_warmup, steps_of
+from alkn.core.training import (
+    Hyperparameters,
+    answer_loss,
+    fine_tune,
+    linear_warmup,
+    steps_of,
+    suppression_loss,
+)
 from alkn.core.unlearning import Outcome, Task
 from alkn.registry import Params, register_method
 
 PAPER = "ALKN, ICML 2025, PMLR 267, pp. 68094-68117"
 
 REFERENCE: dict[str, Any] = {
-    "rounds": 1, "lr": 2e-5, "epochs": 5, "batch_size": 64, "weight_decay": 0.01, "clip": 1.0,
+    "procedure": "once", "lr": 2e-5, "epochs": 5, "batch_size": 64, "weight_decay": 0.01, "clip": 1.0,
     "warmup_epochs": 1, "label_form": "reference", "label_scale": 1.5, "label_midpoint": 0.8,
     "criterion": "m", "sign": "paper", "retain_gradient": "paired", "share": 0.8, "share_end": 0.4,
     "schedule": "fifths", "reuse_thresholds": True, "overlap": "product_std", "overlap_factor": 0.5,
-    "protection": "tensor", "scale": 1.0,
+    "protection": "tensor", "scale": 1.0, "rehearsal": 0,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "rounds": {},
+    "interleaved": {},
+    "rounds": {
+        "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
+        "label_scale": 10.0, "label_midpoint": 0.8, "rehearsal": 0,
+    },
     "reference": REFERENCE,
     "derived": {**REFERENCE, "sign": "derived", "scale": None},
     "paper": {
-        "rounds": 1, "lr": 3e-5, "epochs": 5, "batch_size": 32, "weight_decay": 0.01, "clip": None,
+        "procedure": "once", "lr": 3e-5, "epochs": 5, "batch_size": 32, "weight_decay": 0.01, "clip": None,
         "label_form": "paper", "label_scale": 10.0, "label_midpoint": 1.0, "criterion": "m", "sign": "paper",
         "strength": 0.8, "retain_gradient": "full", "share": 1.0, "share_end": 0.3, "schedule": "linear",
         "scope": "model", "estimator": "trimmed_linear", "mask_first": False, "overlap": "gradient_std",
-        "protection": "coordinate", "scale": 0.8,
+        "protection": "coordinate", "scale": 0.8, "rehearsal": 0,
     },
 }  # fmt: skip
 
@@ -60,41 +73,57 @@ class AlknParams(Params):
     """Settings of ALKN; ``preset`` fills in what is not given.
 
     Attributes:
-        preset: which of the four; its values are defaults that any key beside it overrides.
-        rounds: most rounds; 1 negates once, with the mask applied to each gradient in training.
-        lr, epochs, batch_size, weight_decay, clip, warmup_epochs: the fine-tuning of a round.
-            ``warmup_epochs`` 0: constant rate; else linear up over so many epochs, then down to zero.
-        soft_labels: weight the tokens (ESL); off: plain cross-entropy.
+        preset: which of the five; its values are defaults that any key beside it overrides.
+        procedure: ``interleaved``: every step negates a one-step task vector and repairs at once;
+            ``rounds``: fine-tune, localise, negate, again; ``once``: one fine-tuning with masked gradients,
+            one negation.
+        steps: most steps, or most rounds.
+        decay_steps: interleaved: the rate falls linearly to ``lr_floor`` of it over so many steps, and
+            so many steps are always taken; the forget term rests while the target is met.
+        lr_floor: see ``decay_steps``.
+        check_every: interleaved: steps between two measurements of the forget set.
+        lr, epochs, batch_size, weight_decay, clip, warmup_epochs: of the steps, or of the fine-tuning.
+            ``warmup_epochs`` (once) 0: constant rate; else linear up over so many epochs, then down to zero.
+        soft_labels: weight the tokens (ESL); off: all weights one (not for ``interleaved``).
         label_form, label_scale, label_midpoint: see :func:`alkn.core.soft_labels.entropic_weights`.
         criterion: what ranks the coordinates: ``m``, the accumulated products; ``exact``,
-            (θ_ft − θ) · G_r; ``random`` and ``magnitude`` are ablations. Single negation takes ``m``.
+            (θ_ft − θ) · G_r; ``random`` and ``magnitude`` are ablations. ``once`` takes ``m``;
+            ``interleaved`` localises nothing: the keeping gradient is in every step.
         sign, strength: see :func:`alkn.core.gradient_mask.accumulate_`.
         retain_gradient: ``sample`` of ``retain_sample`` records, drawn with replacement each round;
             ``full`` mean over D_r; ``paired``: one random retain record for each forget record of a batch.
         share: share of coordinates that may move (at the start, where a schedule changes it).
-        share_end: where the schedule of the single negation goes.
+        share_end: where the schedule of ``once`` goes.
         schedule: ``constant``, ``linear`` over the training, or ``fifths``: stepwise, each fifth.
         reuse_thresholds: later requests keep the thresholds that the first one ended with.
         scope, estimator: one percentile a tensor or over the model, and how it is found.
         mask_first: m moves before the mask is applied (the authors' code), or after it (the paper).
         overlap, overlap_factor: penalty μ on coordinates in M; ``none``: M is not kept.
         protection, protection_rate: rate × ``protection_rate`` on M, a coordinate or a tensor at a time (APM).
-        scale: λ of the single negation; ``null``: calibrated, the smallest that meets the target.
-        scale_max, bisections: the search for λ.
+        scale: λ of ``once``; ``null``: calibrated, the smallest that meets the target.
+        scale_max, bisections: the search for λ in a round; no bisection: always ``scale_max``.
+        rehearsal: prompts that θ_{t-1} answers in its own words, to be kept like the retain records; 0: none.
+        rehearsal_batch, retain_batch: records of each kind in a step of ``interleaved``.
+        repair_steps, repair_lr, repair_batch: rounds: after each negation, steps that distil θ_{t-1} on
+            retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    preset: Literal["rounds", "derived", "paper", "reference"] = "rounds"
-    rounds: int = Field(30, ge=1)
-    lr: float = Field(5e-4, gt=0)
-    epochs: int = Field(2, ge=1)
-    batch_size: int = Field(32, ge=1)
+    preset: Literal["interleaved", "rounds", "derived", "paper", "reference"] = "interleaved"
+    procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
+    steps: int = Field(400, ge=1)
+    decay_steps: int = Field(120, ge=1)
+    lr_floor: float = Field(0.1, ge=0, le=1)
+    check_every: int = Field(10, ge=1)
+    lr: float = Field(2e-4, gt=0)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(16, ge=1)
     weight_decay: float = Field(0.0, ge=0)
     clip: float | None = Field(1.0, gt=0)
     warmup_epochs: int = Field(0, ge=0)
     soft_labels: bool = True
-    label_form: SoftLabelForm = "reference"
-    label_scale: float = Field(10.0, gt=0)
-    label_midpoint: float = Field(0.8, ge=0, le=1)
+    label_form: SoftLabelForm = "log_odds"
+    label_scale: float = Field(1.0, gt=0)
+    label_midpoint: float = Field(0.076, gt=0, le=1)
     criterion: Literal["m", "exact", "random", "magnitude"] = "exact"
     sign: Sign = "derived"
     strength: float = Field(1.0, gt=0)
@@ -114,20 +143,30 @@ class AlknParams(Params):
     scale: float | None = Field(None, gt=0)
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
+    rehearsal: int = Field(1200, ge=0)
+    rehearsal_batch: int = Field(20, ge=1)
+    retain_batch: int = Field(12, ge=1)
+    repair_steps: int = Field(0, ge=0)
+    repair_lr: float = Field(2e-4, gt=0)
+    repair_batch: int = Field(32, ge=1)
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, given: Any) -> Any:
         if isinstance(given, Mapping):
-            return {**PRESETS.get(str(given.get("preset", "rounds")), {}), **given}
+            return {**PRESETS.get(str(given.get("preset", "interleaved")), {}), **given}
         return given
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:
-        if self.rounds == 1 and self.criterion != "m":
-            raise ValueError("a single negation (rounds: 1) masks gradients by criterion 'm'")
-        if self.rounds > 1 and self.retain_gradient == "paired":
-            raise ValueError("rounds take retain_gradient 'sample' or 'full'")
+        if self.procedure == "once" and self.criterion != "m":
+            raise ValueError("procedure 'once' masks gradients by criterion 'm'")
+        if self.procedure == "rounds" and self.retain_gradient == "paired":
+            raise ValueError("procedure 'rounds' takes retain_gradient 'sample' or 'full'")
+        if self.procedure == "interleaved" and (self.label_form != "log_odds" or not self.soft_labels):
+            raise ValueError("procedure 'interleaved' takes soft labels of form 'log_odds'")
+        if self.label_form == "log_odds" and self.label_midpoint == 1:
+            raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         return self
 
     def hyperparameters(self) -> Hyperparameters:
@@ -140,7 +179,50 @@ class AlknParams(Params):
 @register_method("alkn", params=AlknParams, source=PAPER)
 def alkn(task: Task, params: AlknParams) -> Outcome:
     """Unlearn by localised knowledge negation; see :class:`AlknParams` and docs/METHOD.md."""
-    return _in_rounds(task, params) if params.rounds > 1 else _at_once(task, params)
+    procedures = {"interleaved": _interleaved, "rounds": _in_rounds, "once": _at_once}
+    return procedures[params.procedure](task, params)
+
+
+def _interleaved(task: Task, p: AlknParams) -> Outcome:
+    """Every step negates one step of the forget task vector and repairs, in one AdamW update.
+
+    The forget part is the gradient of the soft-label weighted log-odds with its sign turned and its
+    weights taken at the current model; the repair is the retain cross-entropy and the distillation
+    of θ_{t-1} on records in its own words.
+    """
+    now = task.measure_stored()
+    history, passes, step = [now.row(0)], 0, 0
+    if task.stop.met(now):
+        return Outcome(True, history, {}, 0)
+    keeper = Keeper(task, rehearsal=p.rehearsal)
+    forget_loss = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
+    parameters = [q for q in task.model.parameters() if q.requires_grad]
+    optimizer = AdamW(parameters, lr=p.lr, weight_decay=p.weight_decay, foreach=True)
+    batches = endless_batches(len(task.forget), p.batch_size, task.generator("order"))
+    device = parameters[0].device
+    met = False
+    while step < p.steps and not (met and step >= p.decay_steps):
+        task.progress("steps", step, max(p.decay_steps, step))
+        keeper.loss(step, retain=p.retain_batch, written=p.rehearsal_batch).backward()
+        if not met:
+            records = next(batches)
+            with task.autocast():
+                loss = forget_loss(task.model, collate(task.forget, records, device=device))
+            loss.backward()
+            passes += len(records)
+        if p.clip is not None:
+            clip_grad_norm_(parameters, p.clip)
+        optimizer.param_groups[0]["lr"] = p.lr * max(p.lr_floor, 1 - step / p.decay_steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if step % p.check_every == 0:
+            now = task.measure_stored()
+            met = task.stop.met(now)
+            history.append(now.row(step))
+    task.round_weights()
+    task.progress("steps", step, step)
+    return Outcome(met, history, {}, passes + keeper.passes)
 
 
 def _label_weights(scores: Scores, p: AlknParams) -> list[Tensor] | None:
@@ -152,28 +234,19 @@ def _label_weights(scores: Scores, p: AlknParams) -> list[Tensor] | None:
     ]
 
 
-def _retain_gradient(task: Task, p: AlknParams, *names: object) -> tuple[dict[str, Tensor], int]:
-    if p.retain_gradient == "full" or p.retain_sample >= len(task.retain):
-        picks: Sequence[int] = range(len(task.retain))
-    else:
-        generator = task.generator("retain", *names)
-        picks = torch.randint(len(task.retain), (p.retain_sample,), generator=generator).tolist()
-    return mean_gradient(task.model, task.retain, picks), len(picks)
-
-
 def _in_rounds(task: Task, p: AlknParams) -> Outcome:
-    """θ ← θ − λ·τ in small rounds until the stop rule is met."""
+    """θ ← θ − λ·τ in small rounds, each repaired, until the stop rule is met."""
     now, scores = task.measure()
     history, passes = [now.row(0)], 0
     previous = _previous_mask(task, p)
-    for number in range(1, p.rounds + 1):
-        if task.stop.met(now):
+    keeper = None if task.stop.met(now) else _keeper(task, p)
+    for number in range(1, p.steps + 1):
+        if keeper is None or task.stop.met(now):
             break
-        task.progress("rounds", number - 1, p.rounds)
+        task.progress("rounds", number - 1, p.steps)
         theta = task.copy_weights()
-        g_r, cost = _retain_gradient(task, p, number)
+        g_r = keeper.gradient(number)
         m = _train_round(task, p, number, scores, g_r, previous)
-        passes += cost + p.epochs * len(task.forget)
         tau = {name: w - theta[name] for name, w in task.weights().items()}
         mask = _round_mask(task, p, number, theta, tau, g_r, m)
         for name in tau:
@@ -182,10 +255,23 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
             previous = {name: previous[name] | mask[name] for name in mask}
         scale = _smallest_lambda(task, theta, tau, p)
         task.set_weights(theta, tau, scale)
+        keeper.repair(number)
         now, scores = task.measure()
+        passes += p.epochs * len(task.forget)
         history.append(now.row(number, scale=scale))
-    task.progress("rounds", p.rounds, p.rounds)
-    return Outcome(task.stop.met(now), history, _state(previous), passes)
+    task.progress("rounds", p.steps, p.steps)
+    return Outcome(task.stop.met(now), history, _state(previous), passes + (keeper.passes if keeper else 0))
+
+
+def _keeper(task: Task, p: AlknParams) -> Keeper:
+    return Keeper(
+        task,
+        sample=None if p.retain_gradient == "full" else p.retain_sample,
+        rehearsal=p.rehearsal,
+        steps=p.repair_steps,
+        batch_size=p.repair_batch,
+        lr=p.repair_lr,
+    )
 
 
 def _train_round(
@@ -316,7 +402,10 @@ class _MaskedTraining:
         self.passes = 0
         self.g_r: dict[str, Tensor] | None = None
         if p.retain_gradient != "paired":
-            self.g_r, self.passes = _retain_gradient(task, p)
+            picks = list(range(len(task.retain)))
+            if p.retain_gradient == "sample":
+                picks = torch.randint(len(task.retain), (p.retain_sample,), generator=task.generator("retain")).tolist()
+            self.g_r, self.passes = mean_gradient(task.model, task.retain, picks), len(picks)
         self.old: dict[str, Tensor] = {}
         self.fifth = -1
 
@@ -364,7 +453,7 @@ class _MaskedTraining:
             mask = {n: t >= self.eta[n] for n, t in self.m.items()}
             out |= _state({n: self.previous[n] | mask[n] for n in mask})
         if self.p.reuse_thresholds:
-            out |= {f"eta.{name}": eta.cpu() for name, eta in self.eta.items()}
+            out |= {f"eta.{name}": eta.cpu().clone() for name, eta in self.eta.items()}
         return out
 
     def _share(self, step: int) -> float:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alkn.core.probe import greedy
+from alkn.core.generation import greedy
 from alkn.core.scoring import (
     Example,
     bucketed,

@@ -1,0 +1,173 @@
+"""Keeping what must stay known: retain records, and records that the model writes in its own words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+
+from alkn.core.generation import greedy
+from alkn.core.scoring import Example, Progress, collate, mean_gradient, no_progress
+from alkn.core.training import Hyperparameters, answer_loss, distillation_loss, fine_tune, linear_warmup
+from alkn.core.unlearning import Task
+
+
+def spliced_prompts(examples: Sequence[Example], count: int, *, generator: Generator) -> list[Tensor]:
+    """Prompts that nobody wrote: the first part of one record's prompt and the rest of another's.
+
+    Both are cut at the same relative place, drawn between 0.2 and 0.8, so that templates survive at
+    both ends. Prompts of fewer than four tokens are taken whole.
+
+    Args:
+        examples: encoded records, at least one.
+        count: how many prompts.
+        generator: source of the pairs and cuts.
+
+    Returns:
+        Token ids, each ``[length]``.
+
+    Source: own; pseudo-rehearsal goes back to Robins 1995.
+    """
+    prompts = []
+    pairs = torch.randint(len(examples), (count, 2), generator=generator).tolist()
+    cuts = (0.2 + 0.6 * torch.rand(count, generator=generator)).tolist()
+    for (i, j), cut in zip(pairs, cuts, strict=True):
+        head, tail = (examples[k].tokens[: examples[k].answer_start] for k in (i, j))
+        if min(head.numel(), tail.numel()) < 4:
+            prompts.append(head)
+            continue
+        start = max(2, int(cut * head.numel()))
+        prompts.append(torch.cat([head[:start], tail[min(tail.numel() - 2, int(cut * tail.numel())) :]]))
+    return prompts
+
+
+def rehearsal_set(
+    model: nn.Module,
+    examples: Sequence[Example],
+    count: int,
+    *,
+    generator: Generator,
+    max_new_tokens: int = 64,
+    progress: Progress = no_progress,
+) -> list[Example]:
+    """Records in the model's own words: its greedy answers to :func:`spliced_prompts`.
+
+    They cover what the model knows beyond the records at hand, so that keeping its answers to them
+    keeps knowledge that no retain record names.
+
+    Args:
+        model: whose words.
+        examples: the retain records that prompts are spliced from; their last token is end-of-sequence.
+        count: how many prompts.
+        generator: source of the prompts.
+        max_new_tokens: longest answer.
+        progress: told after every batch.
+
+    Returns:
+        At most ``count`` examples; empty answers are left out. Hold them in memory only: a model
+        may repeat anything that it was trained on.
+    """
+    eos = int(examples[0].tokens[-1])
+    prompts = spliced_prompts(examples, count, generator=generator)
+    answers = greedy(model, prompts, eos=eos, max_new_tokens=max_new_tokens, progress=progress)
+    return [
+        Example(torch.cat([prompt, torch.tensor([*answer, eos])]), prompt.numel())
+        for prompt, answer in zip(prompts, answers, strict=True)
+        if answer
+    ]
+
+
+class Keeper:
+    """The records that a request must leave alone, and what a method does with them.
+
+    Args:
+        task: the request; its model is θ_{t-1} now.
+        sample: records that G_r is averaged over, drawn anew each time; ``None``: all.
+        rehearsal: prompts that the model answers in its own words; 0: retain records only.
+        steps: optimizer steps of a repair; 0: none.
+        batch_size: records a step of a repair.
+        lr: rate at the beginning of a repair; it falls linearly to zero.
+
+    Attributes:
+        passes: record passes spent so far.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        rehearsal: int,
+        sample: int | None = None,
+        steps: int = 0,
+        batch_size: int = 1,
+        lr: float = 0.0,
+    ) -> None:
+        self._task, self._sample = task, sample
+        self._steps, self._batch_size, self._lr = steps, batch_size, lr
+        self._written: list[Example] = []
+        if rehearsal:
+            self._written = rehearsal_set(
+                task.model, task.retain, rehearsal, generator=task.generator("rehearsal"), progress=task.progress
+            )
+        self._pool = [*task.retain, *self._written]
+        self._teacher = copy.deepcopy(task.model).requires_grad_(False) if steps or rehearsal else None
+        self.passes = len(self._written)
+
+    def gradient(self, number: int) -> dict[str, Tensor]:
+        """G_r at the current weights, from the sample of round ``number``."""
+        if self._sample is None or self._sample >= len(self._pool):
+            picks = list(range(len(self._pool)))
+        else:
+            picks = self._draw(self._sample, self._task.generator("retain", number))
+        self.passes += len(picks)
+        return mean_gradient(self._task.model, self._pool, picks)
+
+    def repair(self, number: int) -> None:
+        """Small steps back to what θ_{t-1} says to these records: KL(θ_{t-1} ‖ θ)."""
+        if self._teacher is None or not self._steps:
+            return
+        drawn = self._draw(self._steps * self._batch_size, self._task.generator("repair", number))
+        fine_tune(
+            self._task.model,
+            [self._pool[i] for i in drawn],
+            Hyperparameters(lr=self._lr, epochs=1, batch_size=self._batch_size, clip=1.0, window=1),
+            loss=distillation_loss(self._teacher),
+            generator=self._task.generator("repair order", number),
+            scheduler=lambda optimizer: linear_warmup(optimizer, warmup=0, total=self._steps),
+            autocast=self._task.autocast,
+            label=f"repair {number}",
+        )
+        self._task.round_weights()
+        self.passes += len(drawn)
+
+    def loss(self, number: int, *, retain: int, written: int) -> Tensor:
+        """Cross-entropy on a few retain records plus KL(θ_{t-1} ‖ θ) on a few written ones, for step ``number``.
+
+        Args:
+            number: of the step; it decides which records are drawn.
+            retain: retain records to draw.
+            written: written records to draw, if there are any.
+        """
+        generator, own, model = self._task.generator("keep", number), len(self._task.retain), self._task.model
+        device = next(model.parameters()).device
+        picks = [int(i) for i in torch.randint(own, (retain,), generator=generator)]
+        with self._task.autocast():
+            total = answer_loss()(model, collate(self._pool, picks, device=device))
+            if self._written and self._teacher is not None:
+                picks = [own + int(i) for i in torch.randint(len(self._written), (written,), generator=generator)]
+                batch = collate(self._pool, picks, device=device)
+                total = total + distillation_loss(self._teacher)(model, batch)
+                self.passes += written
+        self.passes += retain
+        return total
+
+    def _draw(self, count: int, generator: Generator) -> list[int]:
+        """Half retain records, half written ones, with replacement."""
+        own = len(self._task.retain)
+        half = count // 2 if self._written else 0
+        picks = torch.randint(own, (count - half,), generator=generator)
+        if half:
+            picks = torch.cat([own + torch.randint(len(self._written), (half,), generator=generator), picks])
+        return [int(i) for i in picks]
