@@ -94,6 +94,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
         stop=_scaled(plan.limits, plan.settings.targets.margin),
         seed=seed_of(plan.settings.seed, "step", plan.request),
         state=load_file(parent.state) if parent.state.is_file() else {},
+        eos=tokenizer.eos_token_id,
         stored=stored,
         autocast=runtime.autocast,
         progress=progress,

@@ -48,6 +48,7 @@ def rehearsal_set(
     examples: Sequence[Example],
     count: int,
     *,
+    eos: int,
     generator: Generator,
     max_new_tokens: int = 64,
     progress: Progress = no_progress,
@@ -59,8 +60,9 @@ def rehearsal_set(
 
     Args:
         model: whose words.
-        examples: the retain records that prompts are spliced from; their last token is end-of-sequence.
+        examples: the retain records that prompts are spliced from.
         count: how many prompts.
+        eos: end-of-sequence id.
         generator: source of the prompts.
         max_new_tokens: longest answer.
         progress: told after every batch.
@@ -69,7 +71,6 @@ def rehearsal_set(
         At most ``count`` examples; empty answers are left out. Hold them in memory only: a model
         may repeat anything that it was trained on.
     """
-    eos = int(examples[0].tokens[-1])
     prompts = spliced_prompts(examples, count, generator=generator)
     answers = greedy(model, prompts, eos=eos, max_new_tokens=max_new_tokens, progress=progress)
     return [
@@ -109,7 +110,12 @@ class Keeper:
         self._written: list[Example] = []
         if rehearsal:
             self._written = rehearsal_set(
-                task.model, task.retain, rehearsal, generator=task.generator("rehearsal"), progress=task.progress
+                task.model,
+                task.retain,
+                rehearsal,
+                eos=int(task.retain[0].tokens[-1]) if task.eos is None else task.eos,
+                generator=task.generator("rehearsal"),
+                progress=task.progress,
             )
         self._pool = [*task.retain, *self._written]
         self._teacher = copy.deepcopy(task.model).requires_grad_(False) if steps or rehearsal else None

@@ -72,6 +72,7 @@ class Task:
         stop: when the request is forgotten.
         seed: seed of this step; every random choice derives from it.
         state: tensors that the last accepted step left for this one (M, thresholds), on the CPU.
+        eos: end-of-sequence id of what the model writes; ``None``: the last token of the first retain record.
         stored: precision in which the model will be stored; weights are rounded to it.
         autocast: context of the forward passes in training.
         progress: told about long work.
@@ -83,6 +84,7 @@ class Task:
     stop: StopRule
     seed: int
     state: dict[str, Tensor] = field(default_factory=dict)
+    eos: int | None = None
     stored: torch.dtype = torch.float32
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     progress: Progress = no_progress
