@@ -6,7 +6,7 @@ from typing import Any
 
 DATA_PARAMS = ["seed", "benchmark"]
 BASE_PARAMS = ["seed", "data", "base", "evaluation", "run"]
-STEP_PARAMS = ["seed", "data", "method", "targets", "evaluation", "gates", "run"]
+STEP_PARAMS = ["seed", "data", "base", "method", "targets", "evaluation", "gates", "run"]
 
 
 def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, Any]:

@@ -222,8 +222,8 @@ class Settings(Params):
 
     def of_step(self) -> dict[str, Any]:
         """The part that decides what a step computes, as plain values; it is frozen beside the step."""
-        keys = {"seed", "data", "method", "targets", "evaluation", "gates", "run"}
-        return dict(self.model_dump(mode="json", include=keys))
+        keys = dict.fromkeys(("seed", "data", "method", "targets", "evaluation", "gates", "run"), True)
+        return dict(self.model_dump(mode="json", include={**keys, "base": {"trust_remote_code"}}))
 
 
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:

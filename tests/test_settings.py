@@ -47,7 +47,7 @@ def fails(load: Load) -> Fails:
 
 
 def test_defaults(load: Load) -> None:
-    """An empty file is a whole project: ALKN in rounds, every gate on, targets of METHOD.md."""
+    """An empty file is a whole project: ALKN, every gate on, targets of METHOD.md."""
     settings = load("")
     assert settings == Settings()
     assert settings.method.name == "alkn" and settings.method.params == AlknParams()
@@ -143,7 +143,7 @@ def test_a_name_like_nothing_known_gets_no_guess(fails: Fails) -> None:
         ("evaluation: {metrics: [probability, 1]}", "evaluation.metrics.1", "a valid string", "1"),
         ("method: {name: alkn, lr: fast}", "method.lr", "a valid number", "'fast'"),
         ("method: {name: alkn, lr: .inf}", "method.lr", "finite number", "inf"),
-        ("method: {name: alkn, rounds: 1}", "method", "a single negation (rounds: 1)", "a dict"),
+        ("method: {name: alkn, procedure: once, label_form: paper}", "method", "procedure 'once' masks", "a dict"),
         ("method: 3", "method", "a mapping with the key 'name', one of: ", "3"),
         ("method: {lr: 3}", "method", "a mapping with the key 'name', one of: ", "a dict"),
         ("benchmark: {name: people, facts: 99}", "benchmark.facts", "less than or equal to 42", "99"),
@@ -236,7 +236,7 @@ def test_bad_overrides(fails: Fails) -> None:
     assert "params.yaml: seed: " in fails("seed: 5", "seed.x=3")
 
 
-@pytest.mark.parametrize("preset", ["rounds", "derived", "reference", "paper"])
+@pytest.mark.parametrize("preset", ["interleaved", "rounds", "derived", "reference", "paper"])
 def test_presets_in_the_file(preset: str, load: Load) -> None:
     """The method's section is its parameters, filled in from the preset."""
     settings = load(f"method: {{name: alkn, preset: {preset}, lr: 0.5}}")
@@ -268,7 +268,7 @@ def test_the_part_of_a_step_holds_what_it_computes_with(load: Load) -> None:
         assert load(change).of_step() != load("").of_step()
 
 
-@pytest.mark.parametrize("preset", ["rounds", "derived", "reference", "paper"])
+@pytest.mark.parametrize("preset", ["interleaved", "rounds", "derived", "reference", "paper"])
 def test_the_part_of_a_step_survives_being_written_and_read(preset: str, load: Load, tmp_path: Path) -> None:
     """Through YAML and JSON, twice: what is frozen beside a step gives the same settings and the same digest."""
     part = load(f"method: {{name: alkn, preset: {preset}, clip: null}}\ntargets: {{p: holdout}}").of_step()

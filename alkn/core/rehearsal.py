@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -18,7 +19,8 @@ def spliced_prompts(examples: Sequence[Example], count: int, *, generator: Gener
     """Prompts that nobody wrote: the first part of one record's prompt and the rest of another's.
 
     Both are cut at the same relative place, drawn between 0.2 and 0.8, so that templates survive at
-    both ends. Prompts of fewer than four tokens are taken whole.
+    both ends. A record whose prompt has fewer than four tokens (plain text) gives its own beginning,
+    up to the cut.
 
     Args:
         examples: encoded records, at least one.
@@ -36,7 +38,8 @@ def spliced_prompts(examples: Sequence[Example], count: int, *, generator: Gener
     for (i, j), cut in zip(pairs, cuts, strict=True):
         head, tail = (examples[k].tokens[: examples[k].answer_start] for k in (i, j))
         if min(head.numel(), tail.numel()) < 4:
-            prompts.append(head)
+            whole = examples[i].tokens
+            prompts.append(whole[: max(1, int(cut * whole.numel()))])
             continue
         start = max(2, int(cut * head.numel()))
         prompts.append(torch.cat([head[:start], tail[min(tail.numel() - 2, int(cut * tail.numel())) :]]))
@@ -71,10 +74,12 @@ def rehearsal_set(
         At most ``count`` examples; empty answers are left out. Hold them in memory only: a model
         may repeat anything that it was trained on.
     """
+    causal_lm: Any = model
+    context: int | None = getattr(causal_lm.config, "max_position_embeddings", None)
     prompts = spliced_prompts(examples, count, generator=generator)
     answers = greedy(model, prompts, eos=eos, max_new_tokens=max_new_tokens, progress=progress)
     return [
-        Example(torch.cat([prompt, torch.tensor([*answer, eos])]), prompt.numel())
+        Example(torch.cat([prompt, torch.tensor([*answer, eos])])[:context], prompt.numel())
         for prompt, answer in zip(prompts, answers, strict=True)
         if answer
     ]

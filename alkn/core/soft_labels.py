@@ -46,6 +46,8 @@ def entropic_weights(
         offset = torch.sigmoid(token_probs.new_tensor(-scale * midpoint))
         return (torch.sigmoid(scale * (token_probs - midpoint)) - offset).clamp(max=1.0)
     if form == "log_odds":
+        if not 0.0 < midpoint < 1.0:
+            raise ValueError(f"midpoint must be inside (0, 1) for 'log_odds', found {midpoint}")
         logit = torch.logit(token_probs, eps=LOGIT_EPS)
         return torch.sigmoid(scale * (logit - math.log(midpoint / (1.0 - midpoint))))
     raise ValueError(f"form must be 'reference', 'paper' or 'log_odds', found {form!r}")

@@ -40,6 +40,7 @@ from alkn.core.training import (
     suppression_loss,
 )
 from alkn.core.unlearning import Outcome, Task
+from alkn.errors import TrainingDiverged
 from alkn.registry import Params, register_method
 
 PAPER = "ALKN, ICML 2025, PMLR 267, pp. 68094-68117"
@@ -201,9 +202,13 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     batches = endless_batches(len(task.forget), p.batch_size, task.generator("order"))
     device = parameters[0].device
     met = False
-    while step < p.steps and not (met and step >= p.decay_steps):
+    task.model.eval()
+    while step < p.steps:
         task.progress("steps", step, max(p.decay_steps, step))
-        keeper.loss(step, retain=p.retain_batch, written=p.rehearsal_batch).backward()
+        loss = keeper.loss(step, retain=p.retain_batch, written=p.rehearsal_batch)
+        if not math.isfinite(float(loss.detach())):
+            raise TrainingDiverged(f"step {step + 1}: the keeping loss is {float(loss.detach())}")
+        loss.backward()
         if not met:
             records = next(batches)
             with task.autocast():
@@ -216,10 +221,12 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if step % p.check_every == 0:
+        if step % p.check_every == 0 or step == p.steps:
             now = task.measure_stored()
             met = task.stop.met(now)
             history.append(now.row(step))
+            if met and step >= p.decay_steps:
+                break
     task.round_weights()
     task.progress("steps", step, step)
     return Outcome(met, history, {}, passes + keeper.passes)
@@ -238,7 +245,7 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
     """θ ← θ − λ·τ in small rounds, each repaired, until the stop rule is met."""
     now, scores = task.measure()
     history, passes = [now.row(0)], 0
-    previous = _previous_mask(task, p)
+    previous = used = _previous_mask(task, p)
     keeper = None if task.stop.met(now) else _keeper(task, p)
     for number in range(1, p.steps + 1):
         if keeper is None or task.stop.met(now):
@@ -251,8 +258,8 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
         mask = _round_mask(task, p, number, theta, tau, g_r, m)
         for name in tau:
             tau[name].mul_(mask[name])
-        if previous is not None:
-            previous = {name: previous[name] | mask[name] for name in mask}
+        if used is not None:
+            used = {name: used[name] | mask[name] for name in mask}
         scale = _smallest_lambda(task, theta, tau, p)
         task.set_weights(theta, tau, scale)
         keeper.repair(number)
@@ -260,7 +267,7 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
         passes += p.epochs * len(task.forget)
         history.append(now.row(number, scale=scale))
     task.progress("rounds", p.steps, p.steps)
-    return Outcome(task.stop.met(now), history, _state(previous), passes + (keeper.passes if keeper else 0))
+    return Outcome(task.stop.met(now), history, _state(used), passes + (keeper.passes if keeper else 0))
 
 
 def _keeper(task: Task, p: AlknParams) -> Keeper:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from alkn.core.soft_labels import entropic_weights
 
@@ -43,7 +43,26 @@ def test_both_forms_against_scipy(scale: float, midpoint: float) -> None:
     assert bool(((reference >= 0) & (reference <= 1) & (paper >= 0) & (paper <= 1)).all())
 
 
-@pytest.mark.parametrize("form", ["paper", "reference"])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+def test_log_odds_form_against_scipy(scale: float) -> None:
+    """σ(s · (logit π − logit midpoint)): at s = 1 and a midpoint of 0.1 it is π / (π + (1 − π) / 9)."""
+    probs = torch.tensor([0.001, 0.1, 0.5, 0.9, 0.999], dtype=torch.float64)
+    weights = entropic_weights(probs, form="log_odds", scale=scale, midpoint=0.1)
+    expected = expit(scale * (logit(probs.numpy()) - logit(0.1)))
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-12)
+    assert float(weights[1]) == 0.5
+    if scale == 1.0:
+        by_hand = [p / (p + (1 - p) / 9) for p in probs.tolist()]
+        assert weights.tolist() == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_log_odds_form_is_finite_at_the_ends() -> None:
+    """Probabilities of exactly 0 and 1 do not give infinite or undefined weights."""
+    weights = entropic_weights(torch.tensor([0.0, 1.0]), form="log_odds", scale=1.0, midpoint=0.076)
+    assert 0 <= float(weights[0]) < 1e-4 and 1 - 1e-4 < float(weights[1]) <= 1
+
+
+@pytest.mark.parametrize("form", ["paper", "reference", "log_odds"])
 def test_better_known_tokens_weigh_more(form: str) -> None:
     """Weights rise strictly with the probability."""
     weights = entropic_weights(torch.linspace(0, 1, 11).double(), form=form, scale=10.0, midpoint=0.8)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Place:
     def __init__(self, root: Path, env: dict[str, str]) -> None:
         self.root, self.env = root, env
         self.printed: list[str] = []
+        self.progress = root.parent / "no-command-yet"
 
     def call(self, *command: str, code: int | None = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Any command, waited for; its exit status must be ``code``."""
@@ -80,11 +82,13 @@ class Place:
         return json.loads(self.alkn(*arguments, "--json").stdout)
 
     def start(self, *command: str) -> subprocess.Popen[str]:
-        """A command in a process group of its own, its output in files beside the project."""
+        """A command in a process group of its own; ``progress`` is the file that its errors and live bars go to."""
         name = self.root.parent / f"{command[0]}-{time.monotonic_ns()}"
-        with open(f"{name}.out", "w") as out, open(f"{name}.err", "w") as err:
+        self.progress = name.with_suffix(".err")
+        env = {**self.env, "FORCE_COLOR": "1", "TTY_INTERACTIVE": "1"}
+        with open(name.with_suffix(".out"), "w") as out, open(self.progress, "w") as err:
             return subprocess.Popen(
-                command, cwd=self.root, env=self.env, stdout=out, stderr=err, text=True, start_new_session=True
+                command, cwd=self.root, env=env, stdout=out, stderr=err, text=True, start_new_session=True
             )
 
     def path(self, name: str) -> Path:
@@ -174,7 +178,35 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def ready(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Place:
+def shared_server(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Iterator[Callable[[], str]]:
+    """A real Prefect server that copies of projects use, so that not each run starts one; call it for its API address.
+
+    It comes up while the first project is made.
+    """
+    home = Place(tmp_path_factory.mktemp("prefect"), {**env, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"})
+    home.env["PREFECT_HOME"] = str(home.root)
+    port = free_port()
+    server = home.start("prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui")
+
+    def url() -> str:
+        wait_for(lambda: answers(port), "the shared Prefect server", alive=server)
+        return f"http://127.0.0.1:{port}/api"
+
+    yield url
+    kill(server, signal.SIGTERM)
+
+
+def answers(port: int) -> bool:
+    """Whether a Prefect server on loopback is up."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5) as reply:
+        return bool(reply.status == 200)
+    return False
+
+
+@pytest.fixture(scope="session")
+def ready(
+    tmp_path_factory: pytest.TempPathFactory, env: dict[str, str], shared_server: object, warm_alkn: object
+) -> Place:
     """A base model and two pending requests. Read only: take a copy with :func:`fresh`."""
     folder = tmp_path_factory.mktemp("ready")
     (folder / "params.yaml").write_text(PARAMS)
@@ -188,11 +220,11 @@ def ready(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Plac
 
 @pytest.fixture(scope="session")
 def fresh(
-    tmp_path_factory: pytest.TempPathFactory, ready: Place, env: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory, ready: Place, env: dict[str, str], shared_server: Callable[[], str]
 ) -> Callable[..., Place]:
     """``fresh(place)``: a copy that a test may change, with an MLflow database in which nothing is logged yet.
 
-    MLflow stores absolute paths, so its database is no use in a copy; its empty tables are.
+    With ``alone=True`` its runs start Prefect by themselves, as they do where no server was started. MLflow stores absolute paths, so its database is no use in a copy; its empty tables are.
     """
     empty = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     shutil.copy(ready.path("mlflow.db"), empty)
@@ -202,12 +234,12 @@ def fresh(
                 database.execute(f"delete from {table}")  # noqa: S608 - the names are the schema's own
         database.commit()
 
-    def copy(source: Place, folder: Path | None = None) -> Place:
+    def copy(source: Place, folder: Path | None = None, *, alone: bool = False) -> Place:
         target = (folder or tmp_path_factory.mktemp("copy")) / "project"
         left_out = shutil.ignore_patterns("mlflow.db*", "mlartifacts", "reports")
         shutil.copytree(source.root, target, symlinks=True, ignore=left_out)
         shutil.copy(empty, target / "mlflow.db")
-        return Place(target, dict(env))
+        return Place(target, dict(env) if alone else {**env, "PREFECT_API_URL": shared_server()})
 
     return copy
 
@@ -215,7 +247,7 @@ def fresh(
 @pytest.fixture(scope="session")
 def chain(ready: Place, fresh: Callable[..., Place]) -> Place:
     """Both requests unlearned by ``alkn run``. Read only; ``printed`` holds what the run said."""
-    place = fresh(ready)
+    place = fresh(ready, alone=True)
     place.alkn("run")
     return place
 

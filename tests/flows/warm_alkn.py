@@ -4,29 +4,43 @@ Reads one JSON object a line (``folder``, ``arguments``, ``out``, ``err``), fork
 line's own ``main`` with its output in those two files, and answers with the exit status.
 """
 
+import gc
 import json
 import os
 import sys
+import traceback
 
 import flows.cli
 import tasks.tracking
 import tasks.versioning  # noqa: F401
-from alkn import chain, estimate  # noqa: F401
+from alkn import chain, estimate, registry  # noqa: F401
 from alkn.requests import intake  # noqa: F401
 
 
-def child(folder: str, arguments: list[str], out: str, err: str) -> None:
+def child(folder: str, arguments: list[str], out: str, err: str) -> int:
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
     os.chdir(folder)
     sys.argv = ["alkn", *arguments]
-    flows.cli.main()
+    try:
+        flows.cli.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
+for known in (registry.methods, registry.metrics, registry.gates, registry.benchmarks):
+    list(known)
+gc.freeze()
 for line in sys.stdin:
     if (pid := os.fork()) == 0:
-        # A traceback of what `main` lets through goes to the file too, and the status is 1, as in a shell.
-        child(**json.loads(line))
-        sys.exit(0)
+        status = child(**json.loads(line))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: taking a forked interpreter with torch apart costs a second.
+        os._exit(status)
     sys.stdout.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
     sys.stdout.flush()
