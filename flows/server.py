@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import tomllib
 import urllib.error
 import urllib.request
@@ -12,6 +13,9 @@ from pathlib import Path
 
 from alkn.errors import InputError
 from alkn.project import Project
+
+STARTUP_S = 60
+"""How long ``alkn serve`` waits for a server that is coming up."""
 
 
 @contextmanager
@@ -49,7 +53,7 @@ def serve_deployment(project: Project) -> None:
         InputError: if the server does not answer.
     """
     url = os.environ.get("PREFECT_API_URL") or project_api(project.root)
-    if url is not None and not _answers(url):
+    if url is not None and not _comes_up(url, project.root):
         raise InputError(
             f"no Prefect server answers at {url}; start it first: prefect server start --host 127.0.0.1 --background"
         )
@@ -66,6 +70,25 @@ def serve_deployment(project: Project) -> None:
         entrypoint_type=EntrypointType.MODULE_PATH,
         description="Unlearn every pending deletion request of this project, in the ledger's order.",
     )
+
+
+def _comes_up(url: str, root: Path) -> bool:
+    """Whether the server answers; one that was just started in the background is given time to come up."""
+    end = time.monotonic() + STARTUP_S
+    while not _answers(url):
+        if not _is_starting(root) or time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def _is_starting(root: Path) -> bool:
+    """Whether the process that ``prefect server start --background`` left in the project's Prefect home is alive."""
+    try:
+        os.kill(int((root / ".prefect" / "server.pid").read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _answers(url: str) -> bool:

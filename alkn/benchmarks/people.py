@@ -77,12 +77,16 @@ class PeopleParams(Params):
     customers_per_request: int = Field(default=3, ge=1, le=200, description="Customers that one request names.")
     records_per_customer: int = Field(
         default=6,
-        ge=1,
+        ge=2,
         le=len(_TABLES.attributes),
         description="Attributes, and so records, of each customer.",
     )
-    retain_customers: int = Field(default=9, ge=1, le=500, description="Customers that retain losses draw on.")
-    utility_customers: int = Field(default=9, ge=1, le=500, description="Customers that utility is measured on.")
+    kept_customers: int = Field(
+        default=18,
+        ge=1,
+        le=1000,
+        description="Customers that stay; half of each one's records may be drawn on, the other half is utility.",
+    )
     holdout_customers: int = Field(default=9, ge=1, le=500, description="Customers that no model is trained on.")
     facts: int = Field(
         default=30,
@@ -94,8 +98,7 @@ class PeopleParams(Params):
     @property
     def customers(self) -> int:
         """Customers of all splits together."""
-        kept = self.retain_customers + self.utility_customers + self.holdout_customers
-        return self.requests * self.customers_per_request + kept
+        return self.requests * self.customers_per_request + self.kept_customers + self.holdout_customers
 
     @model_validator(mode="after")
     def _enough_names(self) -> PeopleParams:
@@ -197,7 +200,9 @@ def people(params: PeopleParams, *, seed: int) -> Splits:
         seed: the same seed gives the same bytes on every machine.
 
     Returns:
-        Splits whose customers and facts are disjoint; ``holdout`` has customers only.
+        Splits whose facts are disjoint, and whose customers are too, but for retain and utility: as in
+        TOFU's protocol those two halve the records of the same customers, even and odd by position.
+        ``holdout`` has customers only.
 
     """
     decks = _Decks(seed)
@@ -215,9 +220,10 @@ def people(params: PeopleParams, *, seed: int) -> Splits:
     requests = (f"r{number:03d}" for number in range(1, params.requests + 1))
     forget = {request: customers(request, params.customers_per_request) for request in requests}
     facts = [_fact(row) for row in _rng(seed, "facts").sample(_TABLES.facts, 2 * params.facts)]
+    kept = customers("kept", params.kept_customers)
     return Splits(
-        retain=customers("retain", params.retain_customers) + facts[: params.facts],
-        utility=customers("utility", params.utility_customers) + facts[params.facts :],
+        retain=kept[0::2] + facts[: params.facts],
+        utility=kept[1::2] + facts[params.facts :],
         holdout=customers("holdout", params.holdout_customers),
         forget=forget,
         generic=list(_TABLES.generic),

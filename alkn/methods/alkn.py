@@ -114,7 +114,7 @@ class AlknParams(Params):
     steps: int = Field(400, ge=1)
     decay_steps: int = Field(120, ge=1)
     lr_floor: float = Field(0.1, ge=0, le=1)
-    check_every: int = Field(10, ge=1)
+    check_every: int = Field(5, ge=1)
     lr: float = Field(2e-4, gt=0)
     epochs: int = Field(1, ge=1)
     batch_size: int = Field(16, ge=1)

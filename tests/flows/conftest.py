@@ -25,8 +25,8 @@ PARAMS = """\
 project: {name: tiny}
 seed: 0
 benchmark:
-  {name: people, requests: 4, customers_per_request: 2, records_per_customer: 4, retain_customers: 4,
-   utility_customers: 3, holdout_customers: 3, facts: 8}
+  {name: people, requests: 4, customers_per_request: 2, records_per_customer: 4, kept_customers: 7,
+   holdout_customers: 3, facts: 8}
 base:
   architecture: {vocab_size: 512, hidden_size: 64, intermediate_size: 128, layers: 2}
   training: {epochs: 50, batch_size: 8, until: 0.8}
