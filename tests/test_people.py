@@ -111,15 +111,14 @@ def test_counts_follow_the_parameters() -> None:
         requests=11,
         customers_per_request=2,
         records_per_customer=4,
-        retain_customers=3,
-        utility_customers=5,
+        kept_customers=5,
         holdout_customers=1,
         facts=7,
     )
     made = people(params, seed=0)
     assert list(made.forget) == [f"r{number:03d}" for number in range(1, 12)]
     assert {len(records) for records in made.forget.values()} == {8}
-    assert (len(made.retain), len(made.utility), len(made.holdout)) == (3 * 4 + 7, 5 * 4 + 7, 4)
+    assert (len(made.retain), len(made.utility), len(made.holdout)) == (5 * 2 + 7, 5 * 2 + 7, 4)
 
 
 def test_domains(splits: Splits) -> None:
@@ -131,8 +130,13 @@ def test_domains(splits: Splits) -> None:
 
 
 def test_full_names_are_unique_and_customers_disjoint(splits: Splits) -> None:
-    """A full name belongs to one customer of one split."""
-    of_group = {group: names(records) for group, records in groups(splits).items()}
+    """A full name belongs to one customer; retain and utility halve the records of the same ones."""
+    half = PeopleParams().records_per_customer // 2
+    kept = {side: names(getattr(splits, side)) for side in ("retain", "utility")}
+    assert set(kept["retain"]) == set(kept["utility"])
+    assert all({found.count(name) for name in found} == {half} for found in kept.values())
+    of_group = {group: names(records) for group, records in groups(splits).items() if group not in kept}
+    of_group["kept"] = kept["retain"] + kept["utility"]
     for found in of_group.values():
         assert {found.count(name) for name in found} == {PeopleParams().records_per_customer}
     distinct = [name for found in of_group.values() for name in set(found)]
@@ -141,10 +145,10 @@ def test_full_names_are_unique_and_customers_disjoint(splits: Splits) -> None:
 
 def test_names_stay_unique_in_a_large_world() -> None:
     """Names stay unique when first names have run out."""
-    params = PeopleParams(requests=20, customers_per_request=5, records_per_customer=1, retain_customers=200)
+    params = PeopleParams(requests=20, customers_per_request=5, records_per_customer=2, kept_customers=200)
     made = people(params, seed=0)
     found = names(every(made))
-    assert len(found) == len(set(found)) == params.customers
+    assert len(found) == 2 * len(set(found)) == 2 * params.customers
 
 
 def test_facts_are_disjoint(splits: Splits) -> None:

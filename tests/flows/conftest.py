@@ -30,7 +30,7 @@ benchmark:
 base:
   architecture: {vocab_size: 512, hidden_size: 64, intermediate_size: 128, layers: 2}
   training: {epochs: 50, batch_size: 8, until: 0.8}
-method: {name: alkn, preset: rounds, rounds: 40, lr: 0.0005, epochs: 2, batch_size: 4, share: 0.1}
+method: {name: alkn, preset: rounds, steps: 40, lr: 0.0005, epochs: 2, batch_size: 4, share: 0.1}
 targets: {p: 0.05, exact_memorization: 0.4}
 gates: {utility: {base: 0.05, parent: 0.05}, no_return: {slack: 3}}
 evaluation: {max_new_tokens: 16}
@@ -198,7 +198,10 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str])
 
 def answers(port: int) -> bool:
     """Whether a Prefect server on loopback is up."""
-    with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5) as reply:
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5) as reply,
+    ):
         return bool(reply.status == 200)
     return False
 
@@ -210,7 +213,7 @@ def ready(
     """A base model and two pending requests. Read only: take a copy with :func:`fresh`."""
     folder = tmp_path_factory.mktemp("ready")
     (folder / "params.yaml").write_text(PARAMS)
-    Place(folder, env).alkn("init", "project", "--params", "params.yaml")
+    Place(folder, env).alkn("init", "project", "--params", "params.yaml", "--port", str(free_port()))
     place = Place(folder / "project", env)
     assert "nothing was pending" in place.alkn("run").stdout
     place.alkn("request", "add", place.forget("r001"))

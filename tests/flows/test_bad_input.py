@@ -195,9 +195,7 @@ INITS = {
 
 
 @pytest.mark.parametrize("case", INITS)
-def test_a_wrong_init_leaves_nothing_behind(
-    env: dict[str, str], refused: Any, tmp_path: Path, case: str
-) -> None:
+def test_a_wrong_init_leaves_nothing_behind(env: dict[str, str], refused: Any, tmp_path: Path, case: str) -> None:
     arguments, wanted = INITS[case]
     model_folder(tmp_path / "used", "file")
     model_folder(tmp_path / "bare", "model.safetensors")
@@ -211,7 +209,9 @@ def test_a_wrong_init_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("command", [["run"], ["report"], ["request", "list"], ["champion"], ["serve"]])
-def test_a_folder_that_is_no_project_is_refused(env: dict[str, str], refused: Any, tmp_path: Path, command: Any) -> None:
+def test_a_folder_that_is_no_project_is_refused(
+    env: dict[str, str], refused: Any, tmp_path: Path, command: Any
+) -> None:
     refused(Place(tmp_path, env), command, "not a project folder", "params.yaml is missing")
     refused(Place(tmp_path, env), ["-C", "nowhere", *command], "nowhere: no such folder")
 

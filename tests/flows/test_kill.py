@@ -15,7 +15,7 @@ REQUEST = "steps/r002"
 def unlearning(place: Place) -> bool:
     """Request 2's first rounds are done, by the bar on the screen, and its model is not written."""
     screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", place.progress.read_text())
-    rounds = [int(count) for count in re.findall(r"unlearn r002: rounds\s+\S+\s+(\d+)/40", screen)]
+    rounds = [int(count) for count in re.findall(r"unlearn r002: \w+\s+\S+\s+(\d+)/40", screen)]
     return max(rounds, default=0) in range(1, 40) and not place.path(f"{REQUEST}/model").exists()
 
 
@@ -92,7 +92,9 @@ def is_tracked_once(place: Place) -> None:
     assert aliases == {}
 
 
-def test_the_chain_is_taken_up_after_a_kill_between_files(ready: Place, chain: Place, fresh: Callable[..., Place]) -> None:
+def test_the_chain_is_taken_up_after_a_kill_between_files(
+    ready: Place, chain: Place, fresh: Callable[..., Place]
+) -> None:
     """As if killed after the model was renamed into place and before the report that says it is whole."""
     place = fresh(ready)
     done = chain.path("steps/r001")

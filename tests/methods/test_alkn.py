@@ -425,7 +425,7 @@ def test_interleaved_meets_the_target_and_keeps_the_retain_set(memorised: Any, f
     last = outcome.history[-1]
     now = Forgetting.of(score(task.model, memorised.forget))
     assert (last["p"], last["exact_memorization"]) == (now.p, now.exact_memorization)
-    assert [row["round"] for row in outcome.history] == list(range(0, int(last["round"]) + 1, 10))
+    assert [row["round"] for row in outcome.history] == list(range(0, int(last["round"]) + 1, 5))
     assert last["round"] >= 60 and outcome.state == {}
 
 
@@ -433,16 +433,15 @@ def test_interleaved_reports_a_target_out_of_reach(memorised: Any) -> None:
     """All steps are taken; each passes sixteen forget, six retain and six written records, all finite."""
     task = task_of(memorised, stop=NEVER)
     outcome = alkn(task, interleaved_of(steps=20))
-    assert not outcome.reached and [row["round"] for row in outcome.history] == [0, 10, 20]
+    assert not outcome.reached and [row["round"] for row in outcome.history] == [0, 5, 10, 15, 20]
     assert 0 < outcome.passes - 20 * (16 + 6 + 6) <= 12
     assert all(bool(torch.isfinite(w).all()) for w in task.weights().values())
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="steps after the last check are not measured")
 def test_interleaved_measures_the_model_that_it_leaves(memorised: Any) -> None:
     """Where the last step is no multiple of ``check_every``: both the verdict and the last row are of that model."""
     task = task_of(memorised, stop=NEVER)
-    outcome = alkn(task, interleaved_of(steps=15))
+    outcome = alkn(task, interleaved_of(steps=17))
     assert outcome.history[-1]["p"] == Forgetting.of(score(task.model, memorised.forget)).p
 
 

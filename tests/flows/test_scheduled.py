@@ -1,0 +1,128 @@
+"""The README's way: a server of the project's own, a served deployment, runs that it starts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Place, answers, kill, wait_for
+
+DEPLOYMENT = "continual-unlearn/scheduled"
+
+
+class Served:
+    """A project whose server and deployment are up."""
+
+    def __init__(self, place: Place, serving: subprocess.Popen[str]) -> None:
+        self.place, self.serving = place, serving
+        self.prefect = tomllib.loads(place.path("prefect.toml").read_text())
+        self.port = int(self.prefect["server"]["api"]["port"])
+        self.server = int(place.path(".prefect/server.pid").read_text())
+
+    def ask(self, path: str, **body: Any) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/api/{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.load(reply)
+
+    def deployment(self) -> Any:
+        found = self.ask("deployments/filter")
+        return found[0] if found else None
+
+    def run(self) -> subprocess.Popen[str]:
+        return self.place.start("prefect", "deployment", "run", DEPLOYMENT, "--watch", "--watch-interval", "1")
+
+
+@pytest.fixture(scope="module")
+def served(ready: Place, fresh: Callable[..., Place]) -> Iterator[Served]:
+    """``prefect server start``, and ``alkn serve`` right after it, stopped at the end whatever happens."""
+    place = fresh(ready, alone=True)
+    place.env["PREFECT_RUNNER_POLL_FREQUENCY"] = "1"
+    serving = None
+    try:
+        place.call("prefect", "server", "start", "--host", "127.0.0.1", "--background")
+        serving = place.start("alkn", "serve")
+        up = Served(place, serving)
+        wait_for(lambda: answers(up.port) and up.deployment(), "the deployment", alive=serving)
+        yield up
+    finally:
+        if serving is not None:
+            kill(serving, signal.SIGTERM)
+        place.call("prefect", "server", "stop", code=None)
+        with suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
+            psutil.Process(int(place.path(".prefect/server.pid").read_text())).kill()
+
+
+def test_the_schedule_is_registered(served: Served) -> None:
+    deployment = served.deployment()
+    assert f"continual-unlearn/{deployment['name']}" == DEPLOYMENT
+    assert [s["schedule"]["cron"] for s in deployment["schedules"] if s["active"]] == ["0 3 * * *"]
+    assert deployment["parameters"] == {"project_folder": str(served.place.root)}
+    assert deployment["global_concurrency_limit"]["limit"] == 1
+    wait_for(
+        lambda: served.ask("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["SCHEDULED"]}}}),
+        "a run planned by the scheduler",
+    )
+
+
+def test_the_server_listens_on_loopback_only(served: Served) -> None:
+    processes = [psutil.Process(served.server), psutil.Process(served.serving.pid)]
+    processes += [child for process in processes for child in process.children(recursive=True)]
+    listening = {c.laddr for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+    assert ("127.0.0.1", served.port) in listening
+    assert {address for address, _ in listening} == {"127.0.0.1"}
+    assert served.prefect["api"]["url"] == f"http://127.0.0.1:{served.port}/api"
+
+
+def test_a_run_takes_what_was_pending_and_the_next_what_came_meanwhile(
+    served: Served, warm_alkn: Callable[..., Any]
+) -> None:
+    place = served.place
+    assert warm_alkn(place, "request", "withdraw", "r002").returncode == 0
+    settings = place.path("params.yaml").read_text()
+    # Slow enough that a request can be added while the first one is unlearned.
+    place.edit(method={"lr": 0.00005, "steps": 400})
+    run = served.run()
+    wait_for(place.path("steps/r001/params.yaml").exists, "the start of r001", alive=run)
+    added = warm_alkn(place, "request", "add", place.forget("r003"))
+    assert added.returncode == 0, added.stderr
+    assert list(place.ledger()["pending"]) == ["r001", "r003"], "r001 was decided before r003 came"
+    assert run.wait(300) == 0, place.progress.read_text()
+
+    assert list(place.ledger()["accepted"]) == ["r001"]
+    assert list(place.ledger()["pending"]) == ["r003"]
+    assert not place.path("steps/r003").exists()
+
+    place.path("params.yaml").write_text(settings)
+    assert served.run().wait(300) == 0, place.progress.read_text()
+    assert list(place.ledger()["accepted"]) == ["r001", "r003"]
+    assert place.ledger()["accepted"]["r003"]["previous"] == "r001"
+    assert place.ledger()["pending"] == {}
+    assert place.dvc_is_clean()
+    assert place.call("git", "status", "--short").stdout == ""
+
+    started = served.ask("flow_runs/filter", flow_runs={"state": {"type": {"any_": ["COMPLETED"]}}})
+    assert len(started) == 2
+    names = [task["name"].rsplit("-", 1)[0] for task in served.ask("task_runs/filter", limit=200)]
+    assert names.count("unlearn") == names.count("gate") == names.count("record") == 2
+
+
+def test_serving_and_server_stop_when_told(served: Served) -> None:
+    kill(served.serving, signal.SIGTERM)
+    assert served.serving.returncode is not None
+    wait_for(lambda: not any(s["active"] for s in served.deployment()["schedules"]), "the pause of the schedule")
+    server = psutil.Process(served.server)
+    served.place.call("prefect", "server", "stop")
+    psutil.wait_procs([server], timeout=60)
+    assert not answers(served.port)
