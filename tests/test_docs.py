@@ -17,7 +17,6 @@ from pydantic import BaseModel
 
 from alkn import registry
 from alkn.errors import InputError
-from alkn.methods.alkn import PRESETS, AlknParams
 from alkn.settings import Settings, load_settings
 from flows.cli import cli
 
@@ -152,20 +151,23 @@ def test_the_defaults_are_what_an_empty_file_gives() -> None:
             for part in key.key.split("."):
                 value = getattr(value, part)
             assert f"`{written(value)}`" == key.default, key.key
-    for name, field in AlknParams.model_fields.items():
-        assert getattr(AlknParams(), name) == field.get_default(), name
+    for entry in (*registry.methods.values(), *registry.gates.values()):
+        for name, field in entry.params.model_fields.items():
+            assert getattr(entry.params(), name) == field.get_default(), name
 
 
 def test_the_table_of_presets() -> None:
     """Each key in which the presets differ, with the value of each."""
-    values = {preset: AlknParams.model_validate({"preset": preset}).model_dump() for preset in PRESETS}
-    differing = [name for name in AlknParams.model_fields if len({json.dumps(v[name]) for v in values.values()}) > 1]
-    wanted = [[f"`{k}`", *(written(v[k]) for v in values.values())] for k in differing if k != "preset"]
+    params = registry.methods["alkn"].params
+    presets = params.model_json_schema()["properties"]["preset"]["enum"]
+    values = [params.model_validate({"preset": preset}).model_dump() for preset in presets]
+    differing = [name for name in params.model_fields if len({json.dumps(v[name]) for v in values}) > 1]
+    wanted = [[f"`{name}`", *(written(v[name]) for v in values)] for name in differing if name != "preset"]
     found = [
         (header, body) for _, header, body in tables(PAGE.read_text(encoding="utf-8")) if header[0] == "differs in"
     ]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in wanted)
-    assert found == [(["differs in", *(f"`{p}`" for p in PRESETS)], wanted)], f"docs/SETTINGS.md: expected\n{rows}"
+    assert found == [(["differs in", *(f"`{p}`" for p in presets)], wanted)], f"docs/SETTINGS.md: expected\n{rows}"
 
 
 def test_every_metric_is_named() -> None:

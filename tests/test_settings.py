@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from alkn import registry
 from alkn.errors import InputError
 from alkn.gates.utility import UtilityParams
-from alkn.methods.alkn import AlknParams
+from alkn.methods.alkn_params import AlknParams
 from alkn.settings import Settings, load_settings, validate_settings
 
 REPOSITORY = Path(__file__).parent.parent

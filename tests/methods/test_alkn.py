@@ -19,7 +19,9 @@ from alkn.core.calibration import calibrated_scale, smallest_scale
 from alkn.core.scoring import mean_gradient, score
 from alkn.core.training import Hyperparameters, answer_loss, fine_tune
 from alkn.core.unlearning import Forgetting, Outcome, StopRule, Task, seed_of
-from alkn.methods.alkn import AlknParams, _MaskedTraining, alkn
+from alkn.methods.alkn import alkn
+from alkn.methods.alkn_once import MaskedTraining
+from alkn.methods.alkn_params import AlknParams
 from alkn.registry import methods
 
 PRESETS = ("interleaved", "rounds", "derived", "reference", "paper")
@@ -233,14 +235,14 @@ def test_densest_half_of_the_tensors_gets_the_lower_rate(memorised: Any) -> None
         mask[: w.numel() * (number + 1) // 32] = True
         task.state[f"mask.{name}"] = mask.reshape(w.shape)
     params = AlknParams(preset="reference", lr=1e-3)
-    slow, fast = _MaskedTraining(task, params).groups()  # type: ignore[misc]
+    slow, fast = MaskedTraining(task, params).groups()  # type: ignore[misc]
     assert (slow["lr"], fast["lr"]) == (pytest.approx(1e-4), 1e-3)
     named = {id(p): n for n, p in task.model.named_parameters()}
     assert len(weights) == 20
     assert {named[id(p)] for p in slow["params"]} == set(list(weights)[10:])  # type: ignore[attr-defined]
     assert {named[id(p)] for p in fast["params"]} == set(list(weights)[:10])  # type: ignore[attr-defined]
     task.state = {}
-    assert _MaskedTraining(task, params).groups() is None
+    assert MaskedTraining(task, params).groups() is None
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_densest_half_of_the_tensors_gets_the_lower_rate(memorised: Any) -> None
 )
 def test_share_schedules_by_hand(preset: str, expected: list[float], memorised: Any) -> None:
     """Ten steps: ``reference`` from 0.8 to 0.48 by fifths, ``paper`` down to 0.3."""
-    training = _MaskedTraining(task_of(memorised), AlknParams(preset=preset, epochs=10))  # type: ignore[arg-type]
+    training = MaskedTraining(task_of(memorised), AlknParams(preset=preset, epochs=10))  # type: ignore[arg-type]
     assert training.steps == 10
     assert [training._share(step) for step in range(10)] == pytest.approx(expected)
 
