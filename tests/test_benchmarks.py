@@ -1,0 +1,114 @@
+"""The TOFU and records loaders: on small files of our own in the same shapes, and on the real data where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alkn.benchmarks.records import RecordsParams, records
+from alkn.benchmarks.tofu import TofuParams, tofu
+from alkn.errors import InputError
+
+Rows = list[dict[str, Any]]
+
+
+def rows(count: int, tag: str) -> Rows:
+    return [
+        {"question": f"{tag} {i}?", "answer": f"{tag} is {i}.", "perturbed_answer": [f"{tag} is {i + 1}."]}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def write_file(name: str, content: Rows) -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def tofu_folder(write: Callable[..., Path], tmp_path: Path) -> Path:
+    sizes = {
+        "forget10_perturbed": 9, "retain_perturbed": 5, "real_authors_perturbed": 3, "world_facts_perturbed": 2,
+        "holdout10": 4, "retain90": 6,
+    }  # fmt: skip
+    for name, count in sizes.items():
+        write(f"{name}.jsonl", rows(count, name))
+    return tmp_path
+
+
+def test_tofu_is_cut_in_order_and_halved_by_position(tofu_folder: Path) -> None:
+    splits = tofu(TofuParams(path=str(tofu_folder), requests=2, records_per_request=4), seed=0)
+    wanted = rows(9, "forget10_perturbed")
+    assert {name: list(part) for name, part in splits.forget.items()} == {"tofu_1": wanted[:4], "tofu_2": wanted[4:8]}
+    drawn = [(r["domain"], r["question"]) for r in splits.retain]
+    never = [(r["domain"], r["question"]) for r in splits.utility]
+    assert drawn == [
+        ("retain", "retain_perturbed 0?"),
+        ("retain", "retain_perturbed 2?"),
+        ("retain", "retain_perturbed 4?"),
+        ("real_authors", "real_authors_perturbed 0?"),
+        ("real_authors", "real_authors_perturbed 2?"),
+        ("world_facts", "world_facts_perturbed 0?"),
+    ]
+    assert never == [
+        ("retain", "retain_perturbed 1?"),
+        ("retain", "retain_perturbed 3?"),
+        ("real_authors", "real_authors_perturbed 1?"),
+        ("world_facts", "world_facts_perturbed 1?"),
+    ]
+    assert len(splits.holdout) == 4 and len(splits.generic) == 6
+    assert not any("forget10" in text for text in splits.generic)
+
+
+def test_tofu_refuses_what_is_not_there(tofu_folder: Path) -> None:
+    with pytest.raises(InputError, match="holds 9 records, and 10 are asked for"):
+        tofu(TofuParams(path=str(tofu_folder), requests=5, records_per_request=2), seed=0)
+    (tofu_folder / "holdout10.jsonl").unlink()
+    with pytest.raises(InputError, match=r"holdout10\.jsonl: no such file"):
+        tofu(TofuParams(path=str(tofu_folder), requests=1, records_per_request=2), seed=0)
+    assert (
+        tofu(TofuParams(path=str(tofu_folder), requests=1, records_per_request=2, holdout=None), seed=0).holdout == ()
+    )
+
+
+@pytest.mark.skipif(not os.environ.get("ALKN_DATA"), reason="ALKN_DATA is not set: the real TOFU files are elsewhere")
+def test_tofu_as_published_has_the_sizes_of_the_protocol() -> None:
+    splits = tofu(TofuParams(), seed=0)
+    assert {name: len(part) for name, part in splits.forget.items()} == {f"tofu_{i}": 80 for i in range(1, 6)}
+    assert (len(splits.retain), len(splits.utility), len(splits.holdout)) == (309, 308, 400)
+    assert not {r["question"] for r in splits.retain} & {r["question"] for part in splits.forget.values() for r in part}
+
+
+def test_records_are_the_users_own_files(write: Callable[..., Path], tmp_path: Path) -> None:
+    text = tmp_path / "generic.txt"
+    text.write_text("one line\nanother\n", encoding="utf-8")
+    made = records(
+        RecordsParams(
+            retain=str(write("keep.jsonl", [{**row, "id": f"user-{i}"} for i, row in enumerate(rows(3, "keep"))])),
+            utility=str(write("measure.jsonl", rows(2, "measure"))),
+            forget={"ada": str(write("ada.jsonl", rows(1, "ada")))},
+            generic=str(text),
+        ),
+        seed=0,
+    )
+    assert list(made.retain) == rows(3, "keep"), "the user's own ids are not kept"
+    assert list(made.utility) == rows(2, "measure") and list(made.forget["ada"]) == rows(1, "ada")
+    assert list(made.generic) == ["one line", "another"] and made.holdout == ()
+
+
+def test_records_refuse_bad_ids_and_bad_files(write: Callable[..., Path]) -> None:
+    good = str(write("keep.jsonl", rows(1, "keep")))
+    with pytest.raises(InputError, match="request id 'base' is taken"):
+        records(RecordsParams(retain=good, utility=good, forget={"base": good}), seed=0)
+    bad = str(write("bad.jsonl", [{"question": "q", "answer": " "}]))
+    with pytest.raises(InputError, match=r"bad\.jsonl: line 1: field 'answer'"):
+        records(RecordsParams(retain=bad, utility=good, forget={}), seed=0)
