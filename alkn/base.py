@@ -121,9 +121,10 @@ def _link(link: Path, target: Path) -> None:
 
 def _evaluate(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> dict[str, Any]:
     path = project.base.model
-    tokenizer = load_tokenizer(path, trust_remote_code=settings.base.trust_remote_code)
-    encoder = Encoder(tokenizer, settings.data, context=context_length(path))
-    model = load_model(path, device=runtime.device, trust_remote_code=settings.base.trust_remote_code)
+    remote = settings.base.trust_remote_code
+    tokenizer = load_tokenizer(path, trust_remote_code=remote)
+    encoder = Encoder(tokenizer, settings.data, context=context_length(path, trust_remote_code=remote))
+    model = load_model(path, device=runtime.device, trust_remote_code=remote)
     sets = project_sets(project, encoder)
     sets += [encoder.record_set(f"known/{name}", records) for name, records in known_records(project).items()]
     return evaluate_model(model, sets, encoder, settings.evaluation, eos=tokenizer.eos_token_id, progress=progress)

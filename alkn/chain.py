@@ -15,7 +15,8 @@ import yaml
 from alkn.base import make_base
 from alkn.core.scoring import Progress, no_progress
 from alkn.errors import InputError
-from alkn.files import write_yaml
+from alkn.estimate import check_disk
+from alkn.files import digest_of, write_yaml
 from alkn.manifest import outputs_hold, read_manifest
 from alkn.project import Project
 from alkn.record_sets import build_splits
@@ -39,8 +40,8 @@ def prepare_data(project: Project, settings: Settings) -> bool:
         return False
     if frozen is not None and frozen != settings.of_data():
         _refuse_under_chain(project, "data/splits", "seed or benchmark")
-    write_yaml(project.data_params, settings.of_data())
     build_splits(project, settings)
+    write_yaml(project.data_params, settings.of_data())
     return True
 
 
@@ -58,17 +59,24 @@ def prepare_base(project: Project, settings: Settings, *, progress: Progress = n
     frozen, wanted = _frozen(project.base.params), settings.of_base()
     changed = frozen is not None and any(frozen.get(key) != wanted[key] for key in ("seed", "data", "base"))
     manifest = read_manifest(project.base)
-    if manifest is not None and not changed and outputs_hold(project.base, manifest):
+    if manifest is not None and settings.base.model is None:
+        changed = changed or manifest["inputs"].get("splits") != digest_of(project.splits)
+    if frozen is not None and manifest is not None and not changed and outputs_hold(project.base, manifest):
         return False
     if changed:
-        _refuse_under_chain(project, "steps/base", "seed, data or base")
-    write_yaml(project.base.params, wanted)
+        _refuse_under_chain(project, "steps/base", "seed, data, base or the splits")
     make_base(project, settings, progress=progress)
+    write_yaml(project.base.params, wanted)
     return True
 
 
 def begin_step(project: Project, request_id: str, settings: Settings) -> Plan:
-    """Freeze the settings of a pending request's step and plan it on top of the newest accepted one."""
+    """Freeze the settings of a pending request's step and plan it on top of the newest accepted one.
+
+    Raises:
+        InputError: if the disk cannot hold the step.
+    """
+    check_disk(project)
     ledger = load_ledger(project)
     write_yaml(project.step(request_id).params, settings.of_step())
     return plan_step(project, request_id, previous=ledger.newest, earlier=tuple(ledger.accepted), settings=settings)

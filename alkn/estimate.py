@@ -25,6 +25,9 @@ FIRST_GUESS_PASSES = 60
 COPIES = 8
 """float32 copies of the weights at the peak: model, θ, gradient, G_r, two moments, step, mask."""
 
+STEP_SIZE = 5
+"""Models that a step takes on disk: model and task vector, both again in DVC's cache, the vector in MLflow."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -51,8 +54,7 @@ def estimate(project: Project, settings: Settings, ledger: Ledger) -> Estimate:
     count = len(ledger.pending)
     records = sum(entry.records for entry in ledger.pending.values())
     seconds, source = _seconds(project, settings, ledger, records)
-    # Model and task vector on disk, and both again in DVC's cache unless the file system shares blocks.
-    return Estimate(seconds, COPIES * size, count * 4 * size, free_bytes(project.root), source)
+    return Estimate(seconds, COPIES * size, count * STEP_SIZE * size, free_bytes(project.root), source)
 
 
 def check_disk(project: Project) -> None:
@@ -63,7 +65,7 @@ def check_disk(project: Project) -> None:
     """
     if not project.base.model.exists():
         return
-    needed, free = 4 * size_of(project.base.model) + 2**20, free_bytes(project.root)
+    needed, free = STEP_SIZE * size_of(project.base.model) + 2**20, free_bytes(project.root)
     if free < needed:
         raise InputError(
             f"{project.root}: the disk is full: a step needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
@@ -105,9 +107,11 @@ def _probe(project: Project, settings: Settings) -> float:
         raise InputError("data/splits/retain.jsonl: there is no retain record to time a pass with")
     runtime = Runtime(settings.run)
     path = project.base.model
-    encoder = Encoder(load_tokenizer(path), settings.data, context=context_length(path))
+    remote = settings.base.trust_remote_code
+    context = context_length(path, trust_remote_code=remote)
+    encoder = Encoder(load_tokenizer(path, trust_remote_code=remote), settings.data, context=context)
     examples = encoder.examples("retain", records)
-    model = load_model(path, device=runtime.device).float()
+    model = load_model(path, device=runtime.device, trust_remote_code=remote).float()
     mean_gradient(model, examples, range(len(examples)))
     started = time.monotonic()
     mean_gradient(model, examples, range(len(examples)))

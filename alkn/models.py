@@ -123,9 +123,9 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
     return tokenizer
 
 
-def context_length(path: Path) -> int:
+def context_length(path: Path, *, trust_remote_code: bool = False) -> int:
     """The longest input of a local model, in tokens."""
-    config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     longest: int | None = getattr(text, "max_position_embeddings", None)
     return longest or 2048

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 from accelerate import Accelerator
 
+from alkn.errors import InputError
 from alkn.settings import Run
 
 
@@ -17,6 +18,9 @@ class Runtime:
 
     Args:
         run: settings.
+
+    Raises:
+        InputError: if CUDA is asked for by name and is not there.
 
     Attributes:
         device: the device that models are put on.
@@ -29,6 +33,8 @@ class Runtime:
         torch.use_deterministic_algorithms(True)
         # A collapsed model computes in denormal numbers, ten times slower on a CPU.
         torch.set_flush_denormal(True)
+        if run.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("params.yaml: run.device: 'cuda' is asked for, and torch finds no CUDA device")
         cuda = torch.cuda.is_available() and run.device != "cpu"
         bf16 = run.precision == "bf16" or (run.precision == "auto" and cuda)
         accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not cuda)

@@ -116,6 +116,14 @@ class Evaluation(Params):
             registry.metrics[name]
         return names
 
+    @field_validator("metrics")
+    @classmethod
+    def _judged_by(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        missing = [name for name in ("probability", "exact_memorization") if name not in names]
+        if missing:
+            raise ValueError(f"expected at least what targets and gates are judged by; missing: {', '.join(missing)}")
+        return names
+
 
 class Run(Params):
     """Where and how the arithmetic runs.
@@ -140,7 +148,7 @@ class Tracking(Params):
 
 
 class Prefect(Params):
-    """Prefect. ``home: null`` is the user's own Prefect home, shared with other projects."""
+    """The deployment that ``alkn serve`` serves; home and port stand in prefect.toml."""
 
     deployment: str = Field("scheduled", pattern=r"^[A-Za-z0-9_-]+$")
     cron: str = "0 3 * * *"

@@ -28,7 +28,6 @@ from alkn.evaluation import evaluate_model, headline
 from alkn.evidence import Evidence
 from alkn.files import (
     digest_of,
-    digest_of_value,
     keyed_digest_of,
     read_json,
     read_jsonl,
@@ -67,7 +66,7 @@ def plan_step(
         "parent": parent["outputs"]["model"],
         "parent_evaluation": parent["outputs"]["evaluation.json"],
         "splits": digest_of(project.splits) if project.splits.exists() else "none",
-        "settings": digest_of_value(settings.of_step()),
+        "settings": digest_of(project.step(request_id).params),
     }
     return Plan(request_id, previous, earlier, settings, inputs, _limits(project, settings))
 
@@ -83,8 +82,9 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     started = time.monotonic()
     runtime = Runtime(plan.settings.run)
     parent = project.step(plan.previous)
-    tokenizer = load_tokenizer(parent.model, trust_remote_code=plan.settings.base.trust_remote_code)
-    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(parent.model))
+    remote = plan.settings.base.trust_remote_code
+    tokenizer = load_tokenizer(parent.model, trust_remote_code=remote)
+    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(parent.model, trust_remote_code=remote))
     model, stored = _trainable(parent, runtime, plan.settings)
     before = {name: p.detach().to("cpu", stored, copy=True) for name, p in model.named_parameters()}
     task = Task(
@@ -123,7 +123,7 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
     runtime = Runtime(plan.settings.run)
     remote = plan.settings.base.trust_remote_code
     tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(step.model))
+    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(step.model, trust_remote_code=remote))
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     sets = [encoder.record_set("forget", read_jsonl(project.request(plan.request)))]
     sets += [_earlier(project, encoder, name) for name in plan.earlier]

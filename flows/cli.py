@@ -221,7 +221,8 @@ def stage_data() -> None:
     from alkn.settings import load_settings
 
     project = _project()
-    build_splits(project, load_settings(project.data_params))
+    with project.chain_lock():
+        build_splits(project, load_settings(project.data_params))
 
 
 @stage.command("base")
@@ -232,7 +233,7 @@ def stage_base() -> None:
     from tasks.progress import progress_bars
 
     project = _project()
-    with progress_bars("base") as progress:
+    with project.chain_lock(), progress_bars("base") as progress:
         make_base(project, load_settings(project.base.params), progress=progress)
 
 
@@ -247,7 +248,7 @@ def stage_step(request_id: str) -> None:
 
     project = _project()
     previous, earlier = place_in_chain(load_ledger(project), request_id)
-    with progress_bars(request_id) as progress:
+    with project.chain_lock(), progress_bars(request_id) as progress:
         sealed = make_step(project, request_id, previous=previous, earlier=earlier, progress=progress)
     if not sealed.accepted:
         _say(f"{request_id}: a gate failed: {sealed.reason}", err=True)

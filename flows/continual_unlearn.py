@@ -48,11 +48,14 @@ def continual_unlearn(project_folder: str = ".", overrides: list[str] | None = N
             return []
         chain_run = open_chain_run(project, settings, flow_run.get_name() or FLOW)
         decided: list[Sealed] = []
+        done = False
         try:
             for request in pending:
-                decided.append(process(project, request, settings, chain_run))
+                if load_ledger(project).where(request) == "pending":  # it may have been withdrawn meanwhile
+                    decided.append(process(project, request, settings, chain_run))
+            done = True
         finally:
-            close_chain_run(project, settings, chain_run, failed=len(decided) < len(pending))
+            close_chain_run(project, settings, chain_run, failed=not done)
         return [{"request": s.request, "accepted": s.accepted, "reason": s.reason} for s in decided]
 
 

@@ -79,7 +79,7 @@ def complete_records(project: Project, settings: Settings) -> None:
     try:
         tracker = Tracker(project, settings)
         tracker.log_base()
-        for request in (*ledger.rejected, *ledger.accepted):
+        for request in (*ledger.accepted, *ledger.rejected):
             if not tracker.is_recorded(request):
                 tracker.record(request, champion=request == ledger.newest)
     except TrackingUnavailable as error:

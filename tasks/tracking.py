@@ -1,7 +1,8 @@
 """MLflow: runs, metrics, datasets, models and their lineage. The only file that imports mlflow.
 
 Everything logged is read from the files of a finished or judged step, so what could not be logged
-when it happened is logged by the next run. Digests and numbers only; the weights stay with DVC.
+when it happened is logged by the next run: numbers, digests, and each step's task vector, which is
+as sensitive as the records. The models stay with DVC.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ class Tracker:
 
     @cached_property
     def _client(self) -> Any:
-        from mlflow import MlflowClient
+        import mlflow
 
-        return MlflowClient(tracking_uri(self._project, self._settings))
+        # A new version's logged model is looked up under the global URI, whatever the client's own is.
+        mlflow.set_tracking_uri(tracking_uri(self._project, self._settings))
+        return mlflow.MlflowClient()
 
     @cached_property
     def _experiment(self) -> str:
@@ -96,8 +99,13 @@ class Tracker:
         def log() -> None:
             step = self._project.base
             manifest = read_manifest(step)
-            if manifest is None or self._find_run("base", _key(manifest)) is not None:
+            if manifest is None:
                 return
+            known = self._find_run("base", _key(manifest))
+            if known is not None and VERDICT in known.data.tags:
+                return
+            if known is not None:
+                self._client.delete_run(known.info.run_id)
             run_id = self._start("base", _key(manifest), parent=None)
             self._log_evaluation(run_id, read_json(step.evaluation))
             self._register(run_id, step, manifest["outputs"]["model"], parent_digest=None)
@@ -147,9 +155,12 @@ class Tracker:
             if run is None or REQUEST not in run.data.tags:
                 self.nominate(request_id, inputs=manifest["inputs"], chain_run=None)
                 run = self._find_run(request_id, key)
-            if VERDICT not in run.data.tags:
-                self._log_verdict(run.info.run_id, step, manifest)
-            self._set_aliases(run.info.run_id, accepted=manifest["accepted"], champion=champion)
+            run_id = run.info.run_id
+            self._log_evidence(run_id, step, manifest)
+            self._set_aliases(run_id, accepted=manifest["accepted"], champion=champion)
+            # Last: it says that everything before it is there.
+            self._client.set_tag(run_id, VERDICT, "accepted" if manifest["accepted"] else "rejected")
+            self._client.set_terminated(run_id)
 
         self._guarded(log)
 
@@ -253,7 +264,7 @@ class Tracker:
         found = self._client.search_logged_models([self._experiment], f"tags.digest = '{digest}'", max_results=1)
         return str(found[0].model_id) if found else None
 
-    def _log_verdict(self, run_id: str, step: Step, manifest: Mapping[str, Any]) -> None:
+    def _log_evidence(self, run_id: str, step: Step, manifest: Mapping[str, Any]) -> None:
         gate = read_json(step.gate)
         numbers = {
             f"gate/{name}": float(verdict["passed"])
@@ -268,8 +279,6 @@ class Tracker:
             self._client.log_artifact(run_id, str(path))
         if manifest["failed"]:
             self._client.set_tag(run_id, "alkn.failed", "; ".join(manifest["failed"])[:4000])
-        self._client.set_tag(run_id, VERDICT, "accepted" if manifest["accepted"] else "rejected")
-        self._client.set_terminated(run_id)
 
     def _set_aliases(self, run_id: str, *, accepted: bool, champion: bool) -> None:
         name = self._settings.project.name

@@ -90,6 +90,8 @@ def begin_request(project: Project, settings: Settings, request_id: str, *, trac
     path = project.request(request_id)
     with editing(project) as ledger:
         entry = ledger.entry(request_id)
+        if ledger.where(request_id) != "pending":
+            raise InputError(f"request {request_id!r} is {ledger.where(request_id)}: there is nothing to begin")
         if entry.digest is None:
             if entry.source is None:
                 raise InputError(f"data/ledger.yaml: {request_id}: neither a digest nor a source")
@@ -131,7 +133,8 @@ def check_fits(project: Project, settings: Settings, name: str, records: Records
         model = Path(settings.base.model).expanduser()
     if model.exists():
         tokenizer = load_tokenizer(model, trust_remote_code=settings.base.trust_remote_code)
-        Encoder(tokenizer, settings.data, context=context_length(model)).record_set(name, records)
+        context = context_length(model, trust_remote_code=settings.base.trust_remote_code)
+        Encoder(tokenizer, settings.data, context=context).record_set(name, records)
 
 
 def find_overlaps(
@@ -143,7 +146,7 @@ def find_overlaps(
     Sets without an overlap are left out.
     """
     others: dict[str, Records] = {name: load_split(project, name) for name in SPLITS}
-    for request_id in (*ledger.accepted, *ledger.pending):
+    for request_id in (*ledger.accepted, *ledger.rejected, *ledger.pending):
         if request_id != leave_out and project.request(request_id).is_file():
             others[request_id] = read_jsonl(project.request(request_id))
     counts = {name: count_overlaps(records, other) for name, other in others.items()}

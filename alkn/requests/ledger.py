@@ -86,8 +86,11 @@ class Ledger(BaseModel):
         return accepted[: accepted.index(request_id)] if request_id in self.accepted else accepted
 
     def decide(self, request_id: str, *, accepted: bool, previous: str, digest: str, reason: str, day: date) -> None:
-        """Move a pending request to its verdict. Saying the same verdict again changes nothing."""
-        if self.where(request_id) == ("accepted" if accepted else "rejected"):
+        """Move a pending request to its verdict.
+
+        Saying a verdict again changes nothing, and one that was withdrawn meanwhile stays withdrawn.
+        """
+        if self.where(request_id) != "pending":
             return
         entry = self.pending.pop(request_id).model_copy(
             update={

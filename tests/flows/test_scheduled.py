@@ -41,16 +41,15 @@ class Served:
         found = self.ask("deployments/filter")
         return found[0] if found else None
 
-    def runs(self, state: str) -> list[str]:
-        """Ids of the deployment's flow runs in a state, oldest first."""
+    def runs(self, state: str) -> list[dict[str, Any]]:
+        """The deployment's flow runs in a state, oldest first."""
         mine = {"id": {"any_": [self.deployment()["id"]]}}
-        found = self.ask(
-            "flow_runs/filter", deployments=mine, flow_runs={"state": {"type": {"any_": [state]}}}, sort="START_TIME_ASC"
-        )
-        return [run["id"] for run in found]
+        wanted = {"state": {"type": {"any_": [state]}}}
+        return list(self.ask("flow_runs/filter", deployments=mine, flow_runs=wanted, sort="START_TIME_ASC"))
 
-    def tasks(self, flow_run: str) -> list[str]:
-        found = self.ask("task_runs/filter", flow_runs={"id": {"any_": [flow_run]}}, limit=200)
+    def tasks(self, run: dict[str, Any]) -> list[str]:
+        """Names of a flow run's tasks."""
+        found = self.ask("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, limit=200)
         return [task["name"].rsplit("-", 1)[0] for task in found]
 
     def run(self) -> subprocess.Popen[str]:
@@ -111,19 +110,18 @@ def test_a_run_takes_what_was_pending_and_the_next_what_came_meanwhile(
     second = served.run()
     assert list(place.ledger()["pending"]) == ["r001", "r003"], "r001 was decided before r003 came"
 
-    assert first.wait(300) == 0
-    runs = served.runs("COMPLETED")
-    assert len(runs) == 1, "the second run did not wait for the first"
-    after_first = served.place.call("git", "show", "HEAD:data/ledger.yaml").stdout
-    assert second.wait(300) == 0
-
-    assert list(yaml.safe_load(after_first)["pending"]) == ["r003"]
+    assert [first.wait(300), second.wait(300)] == [0, 0]
+    one, two = served.runs("COMPLETED")
+    assert one["end_time"] <= two["start_time"], "one run at a time"
+    assert [served.tasks(run).count("unlearn") for run in (one, two)] == [1, 1]
+    (recorded,) = place.call("git", "log", "--grep=Record r001", "--format=%h").stdout.split()
+    then = yaml.safe_load(place.call("git", "show", f"{recorded}:data/ledger.yaml").stdout)
+    assert list(then["pending"]) == ["r003"]
     assert list(place.ledger()["accepted"]) == ["r001", "r003"]
     assert place.ledger()["accepted"]["r003"]["previous"] == "r001"
     assert place.ledger()["pending"] == {}
     assert place.dvc_is_clean()
     assert place.call("git", "status", "--short").stdout == ""
-    assert [[name for name in served.tasks(run) if name == "unlearn"] for run in served.runs("COMPLETED")] == [["unlearn"]] * 2
 
 
 def test_serving_and_server_stop_when_told(served: Served) -> None:

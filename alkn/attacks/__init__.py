@@ -1,0 +1,1 @@
+"""Attacks on an unlearned model, one file each; the registry reads this package."""
