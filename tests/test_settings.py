@@ -140,6 +140,7 @@ def test_a_name_like_nothing_known_gets_no_guess(fails: Fails) -> None:
         ("project: {name: ../x}", "project.name", "match pattern", "'../x'"),
         ("data: {question_template: 'Q:'}", "data.question_template", "match pattern", "'Q:'"),
         ("evaluation: {generate: [forgt]}", "evaluation.generate.0", "'forget', 'earlier'", "'forgt'"),
+        ("evaluation: {metrics: [probability]}", "evaluation.metrics", "missing: exact_memorization", "a list"),
         ("evaluation: {metrics: [probability, 1]}", "evaluation.metrics.1", "a valid string", "1"),
         ("method: {name: alkn, lr: fast}", "method.lr", "a valid number", "'fast'"),
         ("method: {name: alkn, lr: .inf}", "method.lr", "finite number", "inf"),
@@ -209,7 +210,12 @@ def test_a_missing_file_says_how_to_make_a_project(tmp_path: Path) -> None:
         ("", ["benchmark=people", "benchmark.facts=7"], lambda s: s.benchmark.params.facts, 7),
         ("", ["gates.utility.base=0.9"], lambda s: s.gates["utility"].base, 0.9),
         ("", ["gates.utility.enabled=false"], lambda s: s.gates["utility"].enabled, False),
-        ("", ["evaluation.metrics=[probability]"], lambda s: s.evaluation.metrics, ("probability",)),
+        (
+            "",
+            ["evaluation.metrics=[probability,exact_memorization]"],
+            lambda s: s.evaluation.metrics,
+            ("probability", "exact_memorization"),
+        ),
         ("base: {model: x}", ["base.model="], lambda s: s.base.model, None),
     ],
 )

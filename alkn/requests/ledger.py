@@ -88,10 +88,17 @@ class Ledger(BaseModel):
     def decide(self, request_id: str, *, accepted: bool, previous: str, digest: str, reason: str, day: date) -> None:
         """Move a pending request to its verdict.
 
-        Saying a verdict again changes nothing, and one that was withdrawn meanwhile stays withdrawn.
+        Saying a verdict again changes nothing, and a request that was withdrawn meanwhile stays withdrawn.
+
+        Raises:
+            InputError: if there is no such request, or the other verdict stands already.
         """
-        if self.where(request_id) != "pending":
+        verdict, place = "accepted" if accepted else "rejected", self.where(request_id)
+        if place in (verdict, "withdrawn"):
             return
+        if place != "pending":
+            self.entry(request_id)
+            raise InputError(f"request {request_id!r} is {place} already; it cannot be {verdict} too")
         entry = self.pending.pop(request_id).model_copy(
             update={
                 "previous": previous,

@@ -66,14 +66,23 @@ def test_the_same_verdict_again_changes_nothing(accepted: bool) -> None:
     assert ledger == before
 
 
-@pytest.mark.parametrize("name", ["r001", "r002", "unknown"])
+def test_a_withdrawn_request_stays_withdrawn() -> None:
+    """It was withdrawn while its step was made: the verdict is not entered."""
+    ledger = pending("r001")
+    ledger.withdraw("r001", day=DAY)
+    before = ledger.model_copy(deep=True)
+    accept(ledger, "r001", previous="base")
+    assert ledger == before and ledger.where("r001") == "withdrawn"
+
+
+@pytest.mark.parametrize("name", ["r001", "unknown"])
 def test_a_verdict_on_what_is_not_pending_is_refused(name: str) -> None:
-    """Decided otherwise, withdrawn or unknown: nothing is moved."""
+    """Decided otherwise, or unknown: nothing is moved."""
     ledger = pending("r001", "r002")
     accept(ledger, "r001", previous="base", accepted=False)
     ledger.withdraw("r002", day=DAY)
     before = ledger.model_copy(deep=True)
-    with pytest.raises((KeyError, InputError)):
+    with pytest.raises(InputError):
         accept(ledger, name, previous="base")
     assert ledger == before
 
