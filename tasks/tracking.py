@@ -80,9 +80,16 @@ class Tracker:
             raise TrackingUnavailable(f"MLflow: {type(error).__name__}: {str(error)[:300]}") from error
 
     def open_chain_run(self, name: str) -> str:
-        """A parent run for one flow run; returns its id."""
+        """A parent run for one flow run; returns its id.
+
+        The caller holds the chain, so a parent run that is still open belongs to a process that was
+        killed; it is closed as such.
+        """
 
         def start() -> str:
+            left = self._client.search_runs([self._experiment], "tags.`alkn.kind` = 'chain' and status = 'RUNNING'")
+            for run in left:
+                self._client.set_terminated(run.info.run_id, "KILLED")
             return str(
                 self._client.create_run(self._experiment, run_name=name, tags={"alkn.kind": "chain"}).info.run_id
             )
