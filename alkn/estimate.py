@@ -68,7 +68,7 @@ def check_disk(project: Project) -> None:
     needed, free = STEP_SIZE * size_of(project.base.model) + 2**20, free_bytes(project.root)
     if free < needed:
         raise InputError(
-            f"{project.root}: the disk is full: a step needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free"
+            f"{project.root}: the disk is full: a step needs {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free"
         )
 
 

@@ -269,10 +269,17 @@ def main() -> None:
         sys.exit(2)
     except AlknError as error:
         _fail(str(error), error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if not _is_full_disk(error):
             raise
-        _fail(f"the disk is full: {error.filename or os.getcwd()}", 2)
+        _fail(f"the disk is full: {getattr(error, 'filename', None) or os.getcwd()}", 2)
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that there is no room, as libraries that are no Python say it too."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left on device", "database or disk is full"))
 
 
 def _fail(message: str, status: int) -> None:

@@ -8,6 +8,7 @@ as sensitive as the records. The models stay with DVC.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -57,6 +58,8 @@ class Tracker:
 
         # A new version's logged model is looked up under the global URI, whatever the client's own is.
         mlflow.set_tracking_uri(tracking_uri(self._project, self._settings))
+        # What fails is raised, and told by whoever asked: not also as a traceback.
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         return mlflow.MlflowClient()
 
     @cached_property
@@ -112,7 +115,7 @@ class Tracker:
             if known is not None and VERDICT in known.data.tags:
                 return
             if known is not None:
-                self._client.delete_run(known.info.run_id)
+                self._discard(known.info.run_id)
             run_id = self._start("base", _key(manifest), parent=None)
             self._log_evaluation(run_id, read_json(step.evaluation))
             self._register(run_id, step, manifest["outputs"]["model"], parent_digest=None)
@@ -131,7 +134,7 @@ class Tracker:
             key = digest_of_value(dict(inputs))
             known = self._find_run(request_id, key)
             if known is not None:
-                self._client.delete_run(known.info.run_id)
+                self._discard(known.info.run_id)
             step = self._project.step(request_id)
             run_id = self._start(request_id, key, parent=chain_run)
             report = read_json(step.unlearning)
@@ -159,7 +162,8 @@ class Tracker:
                 raise AlknError(f"steps/{request_id} has no manifest; there is no verdict to log")
             key = _key(manifest)
             run = self._find_run(request_id, key)
-            if run is None or REQUEST not in run.data.tags:
+            # A run that the tracking server lost half of has no version yet.
+            if run is None or not self._versions(run.info.run_id):
                 self.nominate(request_id, inputs=manifest["inputs"], chain_run=None)
                 run = self._find_run(request_id, key)
             run_id = run.info.run_id
@@ -186,6 +190,20 @@ class Tracker:
             [self._experiment], f"tags.`{REQUEST}` = '{request_id}' and tags.`{KEY}` = '{key}'", max_results=1
         )
         return found[0] if found else None
+
+    def _versions(self, run_id: str) -> list[Any]:
+        """The versions that a run registered."""
+        name = self._settings.project.name
+        return list(self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"))
+
+    def _discard(self, run_id: str) -> None:
+        """Delete the run of an interrupted attempt with its model: no later step may name it as its parent."""
+        for version in self._versions(run_id):
+            self._client.delete_model_version(version.name, version.version)
+        outputs = self._client.get_run(run_id).outputs
+        for output in outputs.model_outputs if outputs is not None else ():
+            self._client.delete_logged_model(output.model_id)
+        self._client.delete_run(run_id)
 
     def _start(self, name: str, key: str, *, parent: str | None) -> str:
         tags = {REQUEST: name, KEY: key, "alkn.kind": "step"}
@@ -289,7 +307,7 @@ class Tracker:
 
     def _set_aliases(self, run_id: str, *, accepted: bool, champion: bool) -> None:
         name = self._settings.project.name
-        version = self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")[0]
+        version = self._versions(run_id)[0]
         aliases = self._client.get_registered_model(name).aliases
         if aliases.get("candidate") == version.version:
             self._client.delete_registered_model_alias(name, "candidate")

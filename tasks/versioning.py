@@ -55,7 +55,13 @@ def init(root: Path) -> None:
 
 def track_file(project: Project, path: Path) -> Path:
     """``dvc add``: put a file or folder under DVC, and return its pointer."""
-    _with(project, lambda repo: repo.add(str(path)))
+    try:
+        _with(project, lambda repo: repo.add(str(path)))
+    except BaseException:
+        # DVC leaves what it has copied so far in its cache: personal text that nothing points at.
+        for half in (project.root / ".dvc" / "cache").rglob(".*.tmp"):
+            half.unlink(missing_ok=True)
+        raise
     return path.with_name(f"{path.name}.dvc")
 
 

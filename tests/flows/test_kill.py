@@ -86,6 +86,11 @@ def is_tracked_once(place: Place) -> None:
         assert run.data.metrics["forget/probability"] <= 0.05
         (output,) = run.outputs.model_outputs
         assert client.get_logged_model(output.model_id).status == "READY"
+    assert len(client.search_model_versions("name = 'tiny'")) == 3, "an interrupted attempt left a version"
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    assert sorted(model.name for model in client.search_logged_models([experiment])) == ["base", "r001", "r002"]
+    chain_runs = client.search_runs([experiment], "tags.`alkn.kind` = 'chain'")
+    assert "RUNNING" not in {parent.info.status for parent in chain_runs}
     aliases = client.get_registered_model("tiny").aliases
     newest = client.get_model_version("tiny", aliases.pop("champion"))
     assert newest.run_id == run.info.run_id
