@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +16,17 @@ from dvc.lock import LockError
 from dvc.repo import Repo
 
 from alkn.errors import AlknError
+from alkn.estimate import free_bytes
 from alkn.project import Project
 
-# Standard output belongs to the command line: DVC's hints on what to add to git do not.
+# Standard output belongs to the command line: DVC's hints on what to add to git do not. What fails is raised.
 logging.getLogger("dvc").setLevel(logging.WARNING)
+logging.getLogger("dvc_data").setLevel(logging.CRITICAL)
 
 T = TypeVar("T")
 ATTEMPTS = 60
+FULL = 2**16
+"""With less than so many bytes free, a failure of DVC is that of a full disk."""
 
 
 class VersioningFailed(AlknError):
@@ -33,14 +39,33 @@ def _with(project: Project, action: Callable[[Repo], T]) -> T:
         try:
             # DVC resolves a target against the working directory, whatever the repo's root is.
             with contextlib.chdir(project.root), Repo(str(project.root)) as repo:
-                return action(repo)
+                try:
+                    return action(repo)
+                except LockError:
+                    raise
+                except (DvcException, OSError) as error:
+                    raise _failure(project, repo, error) from error
         except LockError:
             if attempt == ATTEMPTS - 1:
                 raise VersioningFailed(f"{project.root}: DVC has been locked for {ATTEMPTS // 2} s") from None
             time.sleep(0.5)
-        except DvcException as error:
-            raise VersioningFailed(f"DVC: {error}") from error
     raise AssertionError("unreachable")
+
+
+def _failure(project: Project, repo: Repo, error: DvcException | OSError) -> Exception:
+    """What to raise for an error of DVC; the half-written copies that it leaves in its cache are removed.
+
+    They may be personal text, and nothing points at them. DVC says "failed to upload" when the disk is full.
+    """
+    full = free_bytes(project.root) < FULL
+    with repo.lock:
+        for half in (project.root / ".dvc" / "cache").rglob(".*.tmp"):
+            half.unlink(missing_ok=True)
+    if isinstance(error, OSError):
+        return error
+    if full:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(project.root))
+    return VersioningFailed(f"DVC: {error}")
 
 
 def init(root: Path) -> None:
@@ -55,13 +80,7 @@ def init(root: Path) -> None:
 
 def track_file(project: Project, path: Path) -> Path:
     """``dvc add``: put a file or folder under DVC, and return its pointer."""
-    try:
-        _with(project, lambda repo: repo.add(str(path)))
-    except BaseException:
-        # DVC leaves what it has copied so far in its cache: personal text that nothing points at.
-        for half in (project.root / ".dvc" / "cache").rglob(".*.tmp"):
-            half.unlink(missing_ok=True)
-        raise
+    _with(project, lambda repo: repo.add(str(path)))
     return path.with_name(f"{path.name}.dvc")
 
 

@@ -227,7 +227,8 @@ def fresh(
 ) -> Callable[..., Place]:
     """``fresh(place)``: a copy that a test may change, with an MLflow database in which nothing is logged yet.
 
-    With ``alone=True`` its runs start Prefect by themselves, as they do where no server was started. MLflow stores absolute paths, so its database is no use in a copy; its empty tables are.
+    With ``alone=True`` its runs start Prefect by themselves, as they do where no server was started.
+    MLflow stores absolute paths, so its database is no use in a copy; its empty tables are.
     """
     empty = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     shutil.copy(ready.path("mlflow.db"), empty)

@@ -72,7 +72,10 @@ FILES = {
     "ids twice": (lines({**GOOD, "id": CANARY}, {**GOOD, "id": CANARY}), ["line 2: field 'id': expected an id used"]),
     "chat without answer": (lines({"messages": [{"role": "user", "content": CANARY}]}), ["ending with the assistant"]),
     "all faults at once": (lines({"question": CANARY}, "{", {**GOOD, "answer": ""}), ["line 1:", "line 2:", "line 3:"]),
-    "longer than the context": (lines(GOOD, {**GOOD, "answer": f"{CANARY} " * 200}), ["context of 512 tokens", "record 1 "]),
+    "longer than the context": (
+        lines(GOOD, {**GOOD, "answer": f"{CANARY} " * 200}),
+        ["context of 512 tokens", "record 1 "],
+    ),
 }  # fmt: skip
 
 

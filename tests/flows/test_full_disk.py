@@ -21,7 +21,9 @@ CHANGES_FREELY = (".alkn/chain.lock", ".alkn/ledger.lock", ".dvc/tmp", ".prefect
 def small(ready: Place, fresh: Callable[..., Place], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """A project on a file system of its own, 64 MiB in memory."""
     mount = tmp_path_factory.mktemp("small")
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(mount)], capture_output=True, text=True)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(mount)], capture_output=True, text=True
+    )
     if made.returncode:
         pytest.skip(f"no small file system can be mounted here: {made.stderr.strip()}")
     try:

@@ -1,4 +1,4 @@
-"""What MLflow says of a chain: runs, curves, data, models and their parents; and that nothing is lost when it is down."""
+"""What MLflow says of a chain: runs, curves, data, models, parents; nothing is lost when it is down."""
 
 from __future__ import annotations
 
