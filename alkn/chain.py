@@ -17,7 +17,7 @@ from alkn.core.scoring import Progress, no_progress
 from alkn.errors import InputError
 from alkn.estimate import check_disk
 from alkn.files import digest_of, write_yaml
-from alkn.manifest import outputs_hold, read_manifest
+from alkn.manifest import check_step, outputs_hold, read_manifest
 from alkn.project import Project
 from alkn.record_sets import build_splits
 from alkn.records import Plan
@@ -55,6 +55,7 @@ def prepare_base(project: Project, settings: Settings, *, progress: Progress = n
 
     Raises:
         InputError: if its settings changed under a chain that rests on it.
+        ChainBroken: if the model changed under a chain that rests on it.
     """
     frozen, wanted = _frozen(project.base.params), settings.of_base()
     changed = frozen is not None and any(frozen.get(key) != wanted[key] for key in ("seed", "data", "base"))
@@ -65,6 +66,8 @@ def prepare_base(project: Project, settings: Settings, *, progress: Progress = n
         return False
     if changed:
         _refuse_under_chain(project, "steps/base", "seed, data, base or the splits")
+    elif manifest is not None and load_ledger(project).accepted:
+        check_step(project.base)  # says what differs: under a chain the base model is never silently made anew
     make_base(project, settings, progress=progress)
     write_yaml(project.base.params, wanted)
     return True

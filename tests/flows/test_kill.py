@@ -7,15 +7,15 @@ import re
 from collections.abc import Callable
 
 import pytest
-from conftest import Place, digests, kill, mlflow_client, step_runs, wait_for
+from conftest import Place, digests, kill, mlflow_client, plain, step_runs, wait_for
 
 REQUEST = "steps/r002"
 
 
 def unlearning(place: Place) -> bool:
     """Request 2's first rounds are done, by the bar on the screen, and its model is not written."""
-    screen = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", place.progress.read_text())
-    rounds = [int(count) for count in re.findall(r"unlearn r002: \w+\s+\S+\s+(\d+)/40", screen)]
+    bars = re.findall(r"unlearn r002: \w+\s+\S+\s+(\d+)/40", plain(place.progress.read_text()))
+    rounds = [int(count) for count in bars]
     return max(rounds, default=0) in range(1, 40) and not place.path(f"{REQUEST}/model").exists()
 
 
