@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alkn.core.distributed import dealt, is_main, is_split, sum_
 from alkn.core.scoring import Progress, bucketed, no_progress
 
 
@@ -40,18 +41,25 @@ def greedy(
     for i, prompt in enumerate(prompts):
         room = max_new_tokens if context is None else min(max_new_tokens, context - prompt.numel())
         by_room.setdefault(room, []).append(i)
-    out: list[list[int]] = [[] for _ in prompts]
-    done = len(prompts) - sum(len(members) for room, members in by_room.items() if room > 0)
     # A batch ends for all its prompts at once, so those with the same room go together.
-    for room, members in by_room.items():
-        lengths = [prompts[i].numel() + room for i in members]
-        for part in bucketed(lengths, max_tokens=max_tokens) if room > 0 else ():
-            rows = [members[i] for i in part]
-            for i, new in zip(rows, _continued(model, [prompts[i] for i in rows], eos, room), strict=True):
-                out[i] = new[: new.index(eos)] if eos in new else new
-            done += len(rows)
-            progress("generate", done, len(prompts))
-    return out
+    parts = [
+        (room, [members[i] for i in part])
+        for room, members in by_room.items()
+        if room > 0
+        for part in bucketed([prompts[i].numel() + room for i in members], max_tokens=max_tokens)
+    ]
+    done = len(prompts) - sum(len(rows) for _, rows in parts)
+    found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
+    # Split weights are gathered token by token, so all processes have to write the same answers.
+    share = [(part, is_main()) for part in parts] if is_split(model) else dealt(parts)
+    for (room, rows), counts in share:
+        for i, new in zip(rows, _continued(model, [prompts[i] for i in rows], eos, room), strict=True):
+            own = new[: new.index(eos)] if eos in new else new
+            if counts:
+                found[i, : len(own)] = torch.tensor(own, dtype=torch.long) + 1
+        done += len(rows)
+        progress("generate", done, len(prompts))
+    return [[token - 1 for token in row if token] for row in sum_(found).tolist()]
 
 
 def _continued(model: nn.Module, prompts: Sequence[Tensor], eos: int, room: int) -> list[list[int]]:

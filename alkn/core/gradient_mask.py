@@ -6,13 +6,18 @@ products of the forget and the retain gradient, and its largest entries form the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import BoolTensor, Generator, Tensor
 
+from alkn.core.distributed import joined, sum_
+from alkn.core.ternary import Ternary, part_size
+
+RetainGradient = Tensor | Ternary
+"""G_r of one tensor, or what stands in for it."""
 Sign = Literal["derived", "paper"]
 Estimator = Literal["exact", "sampled", "trimmed_linear"]
 PenaltyForm = Literal["gradient_std", "product_std"]
@@ -50,19 +55,94 @@ def accumulate_(
 
     Source: ALKN (ICML 2025) equations 8, 9, 52-54; docs/METHOD.md for the sign.
     """
-    for name, other in (("forget_grad", forget_grad), ("retain_grad", retain_grad), ("previous", previous)):
-        if other is not None and other.shape != m.shape:
-            raise ValueError(f"{name} has shape {tuple(other.shape)}, m has {tuple(m.shape)}")
+    accumulate_all_(
+        [m], [forget_grad], [retain_grad], sign=sign, strength=strength,
+        previous=None if previous is None else [previous], penalties=[penalty],
+    )  # fmt: skip
+
+
+def accumulate_all_(
+    m: Sequence[Tensor],
+    forget_grads: Sequence[Tensor],
+    retain_grads: Sequence[RetainGradient],
+    *,
+    sign: Sign = "derived",
+    strength: float = 1.0,
+    previous: Sequence[Tensor] | None = None,
+    penalties: Sequence[float | Tensor] = (),
+) -> None:
+    """:func:`accumulate_` for all tensors of a model: fused, and without waiting for the device.
+
+    Product and sum are computed in the widest of the three precisions and rounded once, to that of
+    ``m``. Where G_r is ternary, the product is :meth:`alkn.core.ternary.Ternary.product`.
+
+    Args:
+        m: mask variables, contiguous; changed in place.
+        forget_grads: G_u of each.
+        retain_grads: G_r of each.
+        sign: see :func:`accumulate_`.
+        strength: see :func:`accumulate_`.
+        previous: boolean M of each; ``None``: empty.
+        penalties: μ of each, read only with ``previous``.
+
+    Raises:
+        ValueError: on shapes that differ or an unknown sign, before anything is changed.
+
+    Source: ALKN (ICML 2025) equations 8, 9, 52-54, 56.
+    """
     if sign not in ("derived", "paper"):
         raise ValueError(f"sign must be 'derived' or 'paper', found {sign!r}")
+    for name, others in (("forget_grad", forget_grads), ("retain_grad", retain_grads), ("previous", previous)):
+        for variable, other in zip(m, others or (), strict=bool(others)):
+            if other.shape != variable.shape:
+                raise ValueError(f"{name} has shape {tuple(other.shape)}, m has {tuple(variable.shape)}")
     direction = -strength if sign == "derived" else strength
-    m.addcmul_(forget_grad.to(m.dtype), retain_grad.to(m.dtype), value=direction)
+    fused: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    for variable, forget, retain in zip(m, forget_grads, retain_grads, strict=True):
+        if isinstance(retain, Tensor) and variable.dtype == forget.dtype == retain.dtype:
+            for part, tensor in zip(fused, (variable, forget, retain), strict=True):
+                part.append(tensor)
+        else:
+            _add_product_in_parts_(variable, forget, retain, direction)
+    if fused[0]:
+        torch._foreach_addcmul_(*fused, value=direction)
     if previous is not None:
-        m.sub_(previous.to(m.dtype) * penalty)
+        for variable, used, penalty in zip(m, previous, penalties, strict=True):
+            variable.sub_(used.to(variable.dtype) * penalty)
+
+
+def _add_product_in_parts_(m: Tensor, forget: Tensor, retain: RetainGradient, direction: float) -> None:
+    """Add direction · G_u · G_r to m, a part at a time: other precisions and two-bit signs are widened on the way."""
+    flat, forget = m.view(-1), forget.detach().reshape(-1)
+    if isinstance(retain, Ternary):
+        for part, factor in retain.factors():
+            flat[part].addcmul_(forget[part], factor, value=direction)
+        return
+    size = part_size(m)
+    for variable, g_u, g_r in zip(flat.split(size), forget.split(size), retain.reshape(-1).split(size), strict=True):
+        variable.addcmul_(g_u, g_r, value=direction)
+
+
+def retain_gain(step: Tensor, retain_grad: RetainGradient) -> Tensor:
+    """What each coordinate of ``step`` gains the retain set when it is taken back: step · G_r, to first order.
+
+    Args:
+        step: θ_ft − θ, any shape.
+        retain_grad: G_r, same shape; for a ternary one see :meth:`alkn.core.ternary.Ternary.ranking`.
+
+    Returns:
+        Same shape and precision as ``step``.
+    """
+    return retain_grad.ranking(step) if isinstance(retain_grad, Ternary) else (step * retain_grad).to(step.dtype)
 
 
 def overlap_penalty(
-    forget_grad: Tensor, retain_grad: Tensor, *, form: PenaltyForm = "gradient_std", factor: float = 1.0
+    forget_grad: Tensor,
+    retain_grad: RetainGradient,
+    *,
+    form: PenaltyForm = "gradient_std",
+    factor: float = 1.0,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The size μ of the penalty on coordinates that earlier requests already used.
 
@@ -72,6 +152,7 @@ def overlap_penalty(
         form: ``gradient_std``: factor · std(G_u), the paper's reading; ``product_std``:
             factor · std(G_u · G_r), the authors' code with factor 0.5.
         factor: multiplier, ≥ 0.
+        group: processes that hold the other parts of both; ``None``: they are whole.
 
     Returns:
         0-d tensor, ≥ 0, unbiased standard deviation.
@@ -81,15 +162,31 @@ def overlap_penalty(
     if form == "gradient_std":
         values = forget_grad
     elif form == "product_std":
-        values = forget_grad * retain_grad
+        values = retain_grad.product(forget_grad) if isinstance(retain_grad, Ternary) else forget_grad * retain_grad
     else:
         raise ValueError(f"form must be 'gradient_std' or 'product_std', found {form!r}")
+    if group is not None:
+        return factor * _spread(values, group)
     if values.numel() < 2:
         return values.new_zeros(())
     return factor * values.std()
 
 
-def threshold(m: Tensor, share: float, *, estimator: Estimator = "exact", generator: Generator | None = None) -> Tensor:
+def _spread(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The unbiased standard deviation of all parts of a tensor."""
+    count, total = sum_(torch.stack([part.new_full((), part.numel()), part.sum()]), group)
+    squares = sum_((part - total / count).square().sum(), group)
+    return torch.where(count < 2, 0, (squares / (count - 1).clamp(min=1)).sqrt())
+
+
+def threshold(
+    m: Tensor,
+    share: float,
+    *,
+    estimator: Estimator = "exact",
+    generator: Generator | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
     """The value η that the largest ``share`` of the entries of ``m`` reach or pass.
 
     Args:
@@ -99,6 +196,7 @@ def threshold(m: Tensor, share: float, *, estimator: Estimator = "exact", genera
             with ``generator``; ``trimmed_linear``: linear between the values at the bottom and
             the top 15 percent (appendix D), extrapolated outside them.
         generator: source of randomness of ``sampled``; required there.
+        group: processes that hold the other parts of ``m``, cut along its first dimension; ``None``: it is whole.
 
     Returns:
         0-d tensor of ``m``'s dtype.
@@ -110,11 +208,13 @@ def threshold(m: Tensor, share: float, *, estimator: Estimator = "exact", genera
     """
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share must be in [0, 1], found {share}")
-    if share == 1.0 or m.numel() == 0:
+    if share == 1.0 or (m.numel() == 0 and group is None):
         return m.new_full((), float("-inf"))
     if share == 0.0:
         return m.new_full((), float("inf"))
     flat = m.detach().reshape(-1)
+    if group is not None:
+        flat = joined(flat, group)
     if estimator == "sampled":
         if generator is None:
             raise ValueError("the estimator 'sampled' needs a generator")
@@ -137,7 +237,12 @@ def _largest(flat: Tensor, share: float) -> Tensor:
 
 
 def top_share_mask(
-    m: Tensor, share: float, *, estimator: Estimator = "exact", generator: Generator | None = None
+    m: Tensor,
+    share: float,
+    *,
+    estimator: Estimator = "exact",
+    generator: Generator | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> BoolTensor:
     """True where ``m`` is among its largest ``share`` of entries: 1[m ≥ η].
 
@@ -146,13 +251,14 @@ def top_share_mask(
         share: share of entries to keep, in [0, 1].
         estimator: see :func:`threshold`. Ties at η are all kept.
         generator: see :func:`threshold`.
+        group: see :func:`threshold`.
 
     Returns:
         Boolean tensor, same shape as ``m``.
 
     Source: ALKN (ICML 2025) equation 7.
     """
-    mask = m >= threshold(m, share, estimator=estimator, generator=generator)
+    mask = m >= threshold(m, share, estimator=estimator, generator=generator, group=group)
     return mask  # type: ignore[return-value]
 
 
@@ -177,14 +283,5 @@ def top_share_masks(
         Name -> boolean tensor; every rank cuts at the same η.
     """
     flat = torch.cat([t.detach().reshape(-1) for t in m.values()])
-    if group is not None:
-        sizes = [None] * dist.get_world_size(group)
-        dist.all_gather_object(sizes, flat.numel(), group=group)
-        longest = max(int(n) for n in sizes)  # type: ignore[call-overload]
-        padded = flat.new_zeros(longest)
-        padded[: flat.numel()] = flat
-        gathered = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(gathered, padded, group=group)
-        flat = torch.cat([part[: int(n)] for part, n in zip(gathered, sizes, strict=True)])  # type: ignore[call-overload]
-    eta = threshold(flat, share, estimator=estimator, generator=generator)
+    eta = threshold(flat, share, estimator=estimator, generator=generator, group=group)
     return {name: t >= eta for name, t in m.items()}  # type: ignore[misc]

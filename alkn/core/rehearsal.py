@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,12 +90,15 @@ class Keeper:
     Args:
         task: the request; its model is θ_{t-1} now.
         sample: records that G_r is averaged over, drawn anew each time; ``None``: all.
+        gradient_batch: records at once when G_r is taken: no more than in a training batch, or G_r is the peak.
         rehearsal: prompts that the model answers in its own words; 0: retain records only.
         steps: optimizer steps of a repair; 0: none.
         batch_size: records a step of a repair.
         lr: rate at the beginning of a repair; it falls linearly to zero.
+        retain_batch, rehearsal_batch: records of each kind in the keeping loss of a step.
 
     Attributes:
+        pool: the retain records, then the written ones.
         passes: record passes spent so far.
     """
 
@@ -106,12 +108,16 @@ class Keeper:
         *,
         rehearsal: int,
         sample: int | None = None,
+        gradient_batch: int = 128,
         steps: int = 0,
         batch_size: int = 1,
         lr: float = 0.0,
+        retain_batch: int = 0,
+        rehearsal_batch: int = 0,
     ) -> None:
-        self._task, self._sample = task, sample
+        self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
+        self._retain_batch, self._rehearsal_batch = retain_batch, rehearsal_batch
         self._written: list[Example] = []
         if rehearsal:
             self._written = rehearsal_set(
@@ -122,18 +128,18 @@ class Keeper:
                 generator=task.generator("rehearsal"),
                 progress=task.progress,
             )
-        self._pool = [*task.retain, *self._written]
-        self._teacher = copy.deepcopy(task.model).requires_grad_(False) if steps or rehearsal else None
+        self.pool = [*task.retain, *self._written]
+        self._teacher = task.teacher() if steps or rehearsal else None
         self.passes = len(self._written)
 
     def gradient(self, number: int) -> dict[str, Tensor]:
         """G_r at the current weights, from the sample of round ``number``."""
-        if self._sample is None or self._sample >= len(self._pool):
-            picks = list(range(len(self._pool)))
+        if self._sample is None or self._sample >= len(self.pool):
+            picks = list(range(len(self.pool)))
         else:
             picks = self._draw(self._sample, self._task.generator("retain", number))
         self.passes += len(picks)
-        return mean_gradient(self._task.model, self._pool, picks)
+        return mean_gradient(self._task.model, self.pool, picks, max_records=self._gradient_batch)
 
     def repair(self, number: int) -> None:
         """Small steps back to what θ_{t-1} says to these records: KL(θ_{t-1} ‖ θ)."""
@@ -142,7 +148,7 @@ class Keeper:
         drawn = self._draw(self._steps * self._batch_size, self._task.generator("repair", number))
         fine_tune(
             self._task.model,
-            [self._pool[i] for i in drawn],
+            [self.pool[i] for i in drawn],
             Hyperparameters(lr=self._lr, epochs=1, batch_size=self._batch_size, clip=1.0, window=1),
             loss=distillation_loss(self._teacher),
             generator=self._task.generator("repair order", number),
@@ -153,25 +159,24 @@ class Keeper:
         self._task.round_weights()
         self.passes += len(drawn)
 
-    def loss(self, number: int, *, retain: int, written: int) -> Tensor:
-        """Cross-entropy on a few retain records plus KL(θ_{t-1} ‖ θ) on a few written ones, for step ``number``.
+    def __call__(self, step: int) -> Tensor:
+        """Cross-entropy on a few retain records plus KL(θ_{t-1} ‖ θ) on a few written ones.
 
         Args:
-            number: of the step; it decides which records are drawn.
-            retain: retain records to draw.
-            written: written records to draw, if there are any.
+            step: decides which records are drawn.
         """
-        generator, own, model = self._task.generator("keep", number), len(self._task.retain), self._task.model
+        generator, own, model = self._task.generator("keep", step), len(self._task.retain), self._task.model
         device = next(model.parameters()).device
-        picks = [int(i) for i in torch.randint(own, (retain,), generator=generator)]
-        with self._task.autocast():
-            total = answer_loss()(model, collate(self._pool, picks, device=device))
-            if self._written and self._teacher is not None:
-                picks = [own + int(i) for i in torch.randint(len(self._written), (written,), generator=generator)]
-                batch = collate(self._pool, picks, device=device)
-                total = total + distillation_loss(self._teacher)(model, batch)
-                self.passes += written
-        self.passes += retain
+        total = torch.zeros((), device=device)
+        if self._retain_batch:
+            picks = [int(i) for i in torch.randint(own, (self._retain_batch,), generator=generator)]
+            total = total + answer_loss()(model, collate(self.pool, picks, device=device))
+            self.passes += self._retain_batch
+        if self._written and self._teacher is not None:
+            count = self._rehearsal_batch
+            picks = [own + int(i) for i in torch.randint(len(self._written), (count,), generator=generator)]
+            total = total + distillation_loss(self._teacher)(model, collate(self.pool, picks, device=device))
+            self.passes += count
         return total
 
     def _draw(self, count: int, generator: Generator) -> list[int]:

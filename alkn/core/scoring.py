@@ -9,10 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+
+from alkn.core.distributed import (
+    average_gradients_,
+    dealt,
+    joined_rows,
+    local,
+    rank,
+    shares,
+    shares_rows,
+    sum_,
+    whole_batches,
+)
+
+LABELLED = "_alkn_labelled_logits"
+"""Attribute under which a split model has :func:`labelled_logits` as a method (see :mod:`alkn.core.sharding`)."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +139,31 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
 
     The head runs on the selected hidden states, unless the model's forward does something
     after its head (a cap or a scale on the logits), which :func:`has_plain_head` finds out once.
+    With several processes each runs the model on its share of the rows; all get all logits.
     """
+    run = getattr(model, LABELLED, None) or partial(labelled_logits, model)
+    if not shares_rows():
+        whole: Tensor = run(batch.input_ids, batch.positions)
+        return whole
+    rows = shares(len(batch.records))
+    counts = torch.bincount(batch.rows, minlength=len(batch.records)).tolist()
+    sizes = [sum(counts[row] for row in part) for part in rows]
+    mine, begin, seq = rows[rank()], sum(sizes[: rank()]), batch.input_ids.shape[1]
+    # Without a row of its own a process runs one for nothing: split weights have to be run by all.
+    first, last = (mine.start, mine.stop) if mine else (0, 1)
+    positions = batch.positions[begin : begin + sizes[rank()]] - first * seq
+    return joined_rows(run(batch.input_ids[first:last], positions), sizes)
+
+
+def labelled_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """Logits at flat positions of ``[batch * seq]``, ``[positions, vocab]``, in this process alone."""
     causal_lm: Any = model
     if has_plain_head(model):
-        hidden: Tensor = causal_lm.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        labelled: Tensor = causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[batch.positions])
+        hidden: Tensor = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        labelled: Tensor = causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[positions])
         return labelled
-    logits: Tensor = causal_lm(input_ids=batch.input_ids, use_cache=False).logits
-    return logits.flatten(0, 1)[batch.positions]
+    logits: Tensor = causal_lm(input_ids=input_ids, use_cache=False).logits
+    return logits.flatten(0, 1)[positions]
 
 
 def has_plain_head(model: nn.Module) -> bool:
@@ -202,21 +235,24 @@ def score(model: nn.Module, examples: Sequence[Example], *, max_tokens: int = 81
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    nll = torch.zeros(len(examples), dtype=torch.float64)
-    probs: list[Tensor] = [torch.empty(0)] * len(examples)
-    hits: list[Tensor] = [torch.empty(0)] * len(examples)
-    for records in bucketed([e.tokens.numel() for e in examples], max_tokens=max_tokens):
+    lengths = [e.answer_length for e in examples]
+    log_probs, hits = torch.zeros(sum(lengths)), torch.zeros(sum(lengths))
+    places = list(zip(log_probs.split(lengths), hits.split(lengths), strict=True))
+    for records, counts in dealt(list(bucketed([e.tokens.numel() for e in examples], max_tokens=max_tokens))):
         batch = collate(examples, records, device=device)
-        logits = answer_logits(model, batch).float()
-        log_probs = torch.log_softmax(logits, dim=-1).gather(1, batch.targets.unsqueeze(1)).squeeze(1).cpu()
+        with whole_batches():
+            logits = answer_logits(model, batch).float()
+        found = torch.log_softmax(logits, dim=-1).gather(1, batch.targets.unsqueeze(1)).squeeze(1).cpu()
         hit = (logits.argmax(-1) == batch.targets).cpu()
-        sizes = [examples[i].answer_length for i in records]
-        for i, lp, h in zip(records, log_probs.split(sizes), hit.split(sizes), strict=True):
-            nll[i] = -lp.double().mean()
-            probs[i] = lp.exp()
-            hits[i] = h
+        sizes = [lengths[i] for i in records]
+        for i, lp, h in zip(records if counts else (), found.split(sizes), hit.split(sizes), strict=counts):
+            places[i][0].copy_(lp)
+            places[i][1].copy_(h)
     model.train(training)
-    return Scores(nll, tuple(probs), tuple(hits))
+    sum_(log_probs)
+    sum_(hits)
+    nll = torch.stack([-lp.double().mean() for lp, _ in places])
+    return Scores(nll, tuple(lp.exp() for lp, _ in places), tuple(h.bool() for _, h in places))
 
 
 def weighted_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
@@ -232,7 +268,12 @@ def weighted_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Ten
 
 
 def mean_gradient(
-    model: nn.Module, examples: Sequence[Example], picks: Iterable[int], *, max_tokens: int = 8192
+    model: nn.Module,
+    examples: Sequence[Example],
+    picks: Iterable[int],
+    *,
+    max_tokens: int = 8192,
+    max_records: int = 128,
 ) -> dict[str, Tensor]:
     """Mean over records of the gradient of each record's answer cross-entropy.
 
@@ -244,6 +285,7 @@ def mean_gradient(
         examples: encoded records.
         picks: indices into ``examples``, at least one.
         max_tokens: padded tokens a batch at the most.
+        max_records: records a batch at the most; bounds the memory of the backward pass.
 
     Returns:
         Parameter name -> gradient, for every parameter that requires one.
@@ -255,14 +297,16 @@ def mean_gradient(
     training = model.training
     model.eval()
     model.zero_grad(set_to_none=True)
-    for part in bucketed([examples[i].tokens.numel() for i in chosen], max_tokens=max_tokens):
+    lengths = [examples[i].tokens.numel() for i in chosen]
+    for part in bucketed(lengths, max_tokens=max_tokens, max_records=max_records):
         records = [chosen[i] for i in part]
         batch = collate(examples, records, device=device)
         per_label = torch.tensor([1.0 / examples[i].answer_length for i in records], device=device)[batch.rows]
         nll = nn.functional.cross_entropy(answer_logits(model, batch).float(), batch.targets, reduction="none")
         ((nll * per_label).sum() / len(chosen)).backward()
+    average_gradients_(model.parameters())
     gradient = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
+        name: local(torch.zeros_like(p) if p.grad is None else p.grad).detach()
         for name, p in model.named_parameters()
         if p.requires_grad
     }

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from alkn.core.distributed import average_gradients_, everywhere, local
 from alkn.core.scoring import (
     Batch,
     Example,
@@ -121,6 +122,49 @@ def suppression_loss(*, scale: float, midpoint: float) -> Loss:
     return loss
 
 
+def expectation_loss(targets: Sequence[Tensor]) -> Loss:
+    """Bring every answer token to an expected probability by binary cross-entropy; each record weighs the same.
+
+    In the log-odds z of a token its slope is π − σ(target): about one while the token is known, fading as
+    it is forgotten, turned round below the target. It is the entropic soft label with a zero that does
+    not lie at forgetting everything.
+
+    Args:
+        targets: per record of the training set, log-odds of each answer token, ``[answer_length]``.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        odds = _log_odds(answer_logits(model, batch), batch.targets)
+        wanted = torch.cat([targets[i] for i in batch.records]).to(odds.device).sigmoid()
+        return _mean_over_records(nn.functional.softplus(odds) - wanted * odds, batch)
+
+    return loss
+
+
+def odds_loss(targets: Sequence[Tensor], *, width: float) -> Loss:
+    """Bring every answer token's log-odds to a target: Huber(z − target), the mean over tokens, then over records.
+
+    A token is moved with a constant force until it is near its target, however improbable it is already.
+
+    Args:
+        targets: per record of the training set, log-odds of each answer token, ``[answer_length]``.
+        width: distance in nats within which the force fades, > 0.
+    """
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        odds = _log_odds(answer_logits(model, batch), batch.targets)
+        wanted = torch.cat([targets[i] for i in batch.records]).to(odds.device)
+        return _mean_over_records(nn.functional.smooth_l1_loss(odds, wanted, beta=width, reduction="none"), batch)
+
+    return loss
+
+
+def _mean_over_records(values: Tensor, batch: Batch) -> Tensor:
+    """The mean over a record's labels, then over records: each record weighs the same. ``[labels]`` to 0-d."""
+    length = torch.bincount(batch.rows, minlength=len(batch.records))
+    return (values / length[batch.rows]).sum() / len(batch.records)
+
+
 def _log_odds(logits: Tensor, targets: Tensor) -> Tensor:
     """log(π / (1 − π)) of each target token, ``[labels]``, computed without cancellation."""
     logits, target = logits.float(), targets.unsqueeze(1)
@@ -157,6 +201,7 @@ def fine_tune(
     groups: Iterable[dict[str, object]] | None = None,
     before_step: GradientHook | None = None,
     after_step: StepHook | None = None,
+    until: Callable[[], bool] | None = None,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Progress = no_progress,
     label: str = "fine-tune",
@@ -174,12 +219,13 @@ def fine_tune(
         groups: parameter groups for AdamW; ``None``: all parameters that require a gradient.
         before_step: sees every gradient, clipped, before the optimizer does; may change it in place.
         after_step: called when the weights have moved.
+        until: asked after every epoch; true ends the training there.
         autocast: context for the forward pass (mixed precision).
         progress: told about every step.
         label: what the progress shows.
 
     Raises:
-        TrainingDiverged: when a loss is not finite, with the step, never with data.
+        TrainingDiverged: when a loss or, after the last step, a weight is not finite; with the step, never with data.
     """
     device = next(model.parameters()).device
     params = [p for p in model.parameters() if p.requires_grad]
@@ -201,6 +247,7 @@ def fine_tune(
             with autocast():
                 value = loss(model, batch)
             value.backward()
+            average_gradients_(params)
             if hp.clip is not None:
                 nn.utils.clip_grad_norm_(params, hp.clip)
             if before_step is not None:
@@ -215,4 +262,9 @@ def fine_tune(
             if not math.isfinite(losses[-1]):
                 raise TrainingDiverged(f"{label}: the loss of step {len(losses)} of {total} is {losses[-1]}")
             progress(label, len(losses), total)
+        if until is not None and until():
+            break
+    # What the last update broke no loss has seen.
+    if not everywhere(bool(torch.stack([local(p.detach()).isfinite().all() for p in params]).all())):
+        raise TrainingDiverged(f"{label}: a weight is not a finite number after step {len(losses)} of {total}")
     return losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -9,9 +10,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Generator, Tensor, nn
 
+from alkn.core.distributed import is_split, joined, local, part_of
 from alkn.core.scoring import Example, Progress, Scores, no_progress, score
+from alkn.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,14 @@ class Task:
         seed: seed of this step; every random choice derives from it.
         state: tensors that the last accepted step left for this one (M, thresholds), on the CPU.
         eos: end-of-sequence id of what the model writes; ``None``: the last token of the first retain record.
+        refusals: encoded ways of not answering, each ``[length]`` with the end of sequence.
+        rest: what the base model was trained on without this and the earlier requests, where the project
+            trained it itself; else empty. Only ``retrain`` may read it: it holds what utility is measured on.
         stored: precision in which the model will be stored; weights are rounded to it.
+        as_stored: context in which the model computes with the weights that would be stored, where rounding
+            what is trained does not give them (adapters); ``None``: it does.
+        before: reads θ_{t-1} again, as a model of its own on the same device; ``None``: the model is copied.
+        linear: whether the model's weights are linear in what is trained, so that differences can be scaled.
         autocast: context of the forward passes in training.
         progress: told about long work.
     """
@@ -85,7 +96,12 @@ class Task:
     seed: int
     state: dict[str, Tensor] = field(default_factory=dict)
     eos: int | None = None
+    refusals: Sequence[Tensor] = ()
+    rest: Sequence[Example] = ()
     stored: torch.dtype = torch.float32
+    as_stored: Callable[[], AbstractContextManager[None]] | None = None
+    before: Callable[[], nn.Module] | None = None
+    linear: bool = True
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     progress: Progress = no_progress
 
@@ -93,29 +109,70 @@ class Task:
         """A fresh CPU generator for one purpose of this step."""
         return Generator().manual_seed(seed_of(self.seed, *names))
 
+    def teacher(self) -> nn.Module:
+        """θ_{t-1} as a frozen model of its own; to be asked for before the model is changed."""
+        made = self.before() if self.before is not None else copy.deepcopy(self.model)
+        return made.requires_grad_(False).eval()
+
     def weights(self) -> dict[str, Tensor]:
-        """The model's trainable parameters by name, not copied."""
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        """The model's trainable parameters by name, not copied; of weights split over processes the own part."""
+        return {name: local(p.detach()) for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The present gradients by name, not copied, split as :meth:`weights`; parameters without one are left out."""
+        return {name: local(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+
+    @property
+    def shards(self) -> dist.ProcessGroup | None:
+        """The processes that hold the parts of :meth:`weights`; ``None``: each holds whole tensors."""
+        return dist.group.WORLD if is_split(self.model) else None
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Of a tensor shaped like a parameter: what belongs to this process's part of it, on the model's device."""
+        own = part_of(whole) if self.shards is not None else whole
+        return own.to(next(self.model.parameters()).device)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The parts of all processes together, on the CPU; the inverse of :meth:`part`."""
+        return (joined(part) if self.shards is not None else part).cpu()
+
+    def random(self, name: str, generator: Generator) -> Tensor:
+        """Uniform numbers in [0, 1) for every entry of a parameter, split as :meth:`weights`."""
+        return self.part(torch.rand(self.model.get_parameter(name).shape, generator=generator))
 
     def copy_weights(self) -> dict[str, Tensor]:
-        """A copy of :meth:`weights`."""
+        """A copy of :meth:`weights`, for a difference to be taken and scaled.
+
+        Raises:
+            InputError: if the model's weights are not linear in what is trained: scaling would not be a negation.
+        """
+        if not self.linear:
+            raise InputError(
+                "lora.train: this method scales a difference of weights, and the product of two trained factors is"
+                " not linear in them; expected 'b'; found 'both'"
+            )
         return {name: t.clone() for name, t in self.weights().items()}
 
     def set_weights(self, start: dict[str, Tensor], change: dict[str, Tensor], scale: float) -> None:
-        """θ ← start − scale · change, rounded to the stored precision."""
+        """θ ← start − scale · change, rounded to the stored precision; neither may be the model's own tensors."""
         with torch.no_grad():
             for name, p in self.weights().items():
-                p.copy_((start[name] - scale * change[name]).to(self.stored))
+                p.copy_(change[name]).mul_(scale)
+                torch.sub(start[name], p, out=p)
+        self.round_weights()
 
     def round_weights(self) -> None:
-        """θ rounded to the stored precision."""
+        """θ rounded to the stored precision; of adapters only what they are merged to is, see :meth:`measure`."""
+        if self.as_stored is not None:
+            return
         with torch.no_grad():
             for p in self.weights().values():
-                p.copy_(p.to(self.stored))
+                if p.dtype != self.stored:
+                    p.copy_(p.to(self.stored))
 
     def measure_stored(self) -> Forgetting:
         """The forget set under the model as it would be stored; the weights stay in float32."""
-        if self.stored is torch.float32:
+        if self.stored is torch.float32 or self.as_stored is not None:
             return self.measure()[0]
         exact = self.copy_weights()
         self.round_weights()
@@ -126,8 +183,9 @@ class Task:
         return now
 
     def measure(self) -> tuple[Forgetting, Scores]:
-        """Score the forget set with the model as it is."""
-        scores = score(self.model, self.forget)
+        """Score the forget set with the model as it is, adapters as they would be merged and stored."""
+        with self.as_stored() if self.as_stored is not None else nullcontext():
+            scores = score(self.model, self.forget)
         return Forgetting.of(scores), scores
 
 

@@ -251,3 +251,23 @@ def test_a_rate_far_too_large_is_noticed(make_model: Any, examples: list[Example
     hp = Hyperparameters(lr=1e30, epochs=3, batch_size=4)
     with pytest.raises(TrainingDiverged, match=r"^fine-tune: the loss of step [2-9] of 9 is (nan|inf)$"):
         fine_tune(make_model("gpt2"), examples, hp, loss=answer_loss(), generator=seeded())
+
+
+def test_a_last_update_that_breaks_the_weights_is_noticed(make_model: Any, examples: list[Example]) -> None:
+    """No loss comes after it: every loss is finite, and only the last rate is not; also where ``until`` ends it."""
+    for until, last in ((None, 9), (lambda: True, 3)):
+        losses: list[float] = []
+
+        def loss(model: nn.Module, batch: Batch, losses: list[float] = losses) -> Tensor:
+            value = answer_loss()(model, batch)
+            losses.append(value.item())
+            return value
+
+        with pytest.raises(
+            TrainingDiverged, match=f"^fine-tune: a weight is not a finite number after step {last} of 9$"
+        ):
+            fine_tune(
+                make_model("llama"), examples, HP, loss=loss, generator=seeded(), until=until,
+                scheduler=lambda o, last=last: LambdaLR(o, lambda step: math.inf if step == last - 1 else 1.0),
+            )  # fmt: skip
+        assert len(losses) == last and all(math.isfinite(value) for value in losses)

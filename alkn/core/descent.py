@@ -1,0 +1,191 @@
+"""The loop that gradient-based methods share: descend a forget and a keeping loss until the request is forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW, Optimizer
+
+from alkn.core.distributed import average_gradients_
+from alkn.core.scoring import collate, endless_batches
+from alkn.core.training import Loss, distillation_loss
+from alkn.core.unlearning import Forgetting, Outcome, Task
+from alkn.errors import InputError, TrainingDiverged
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast, how long and in what portions a method descends.
+
+    Attributes:
+        lr: AdamW's learning rate at the first step.
+        steps: most optimizer steps.
+        decay_steps: the rate falls linearly to ``lr_floor`` of it over so many steps, and so many steps are
+            always taken; 0: constant rate, and the first measurement that meets the target ends it.
+        lr_floor: see ``decay_steps``; 1: constant rate, with a least length.
+        check_every: steps between two measurements of the forget set.
+        batch_size: forget records a step.
+        retain_batch: retain records a step, drawn with replacement; 0: no retain term.
+        weight_decay: AdamW's decoupled decay.
+        clip: largest norm of the whole gradient; ``None``: not clipped.
+    """
+
+    lr: float
+    steps: int
+    decay_steps: int
+    lr_floor: float
+    check_every: int
+    batch_size: int
+    retain_batch: int
+    weight_decay: float
+    clip: float | None
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step``, counted from 0."""
+        if self.decay_steps == 0:
+            return self.lr
+        return self.lr * max(self.lr_floor, 1 - step / self.decay_steps)
+
+
+class Keep(Protocol):
+    """The part of a loss that holds on to what must stay; counts the record passes it spends."""
+
+    passes: int
+
+    def __call__(self, step: int) -> Tensor:
+        """The keeping loss of one step, 0-d."""
+        ...
+
+
+class RetainTerm:
+    """A loss on retain records, drawn anew with replacement in every step.
+
+    Args:
+        task: whose retain records.
+        loss: maps the model and a batch to a 0-d loss.
+        batch_size: records a step.
+        weight: factor on the loss.
+
+    Raises:
+        InputError: if there is no retain record to draw.
+    """
+
+    def __init__(self, task: Task, loss: Loss, *, batch_size: int, weight: float = 1.0) -> None:
+        if not task.retain:
+            raise InputError("method.retain_batch: there is no retain record to draw; 0 switches the retain term off")
+        self._task, self._loss, self._batch_size, self._weight = task, loss, batch_size, weight
+        self.passes = 0
+
+    def __call__(self, step: int) -> Tensor:
+        """The weighted loss on the records of ``step``."""
+        task = self._task
+        picks = torch.randint(len(task.retain), (self._batch_size,), generator=task.generator("keep", step))
+        batch = collate(task.retain, [int(i) for i in picks], device=next(task.model.parameters()).device)
+        self.passes += self._batch_size
+        return self._weight * self._loss(task.model, batch)
+
+
+def retain_term(task: Task, loss: Loss, pace: Pace, *, weight: float = 1.0) -> RetainTerm | None:
+    """The retain term of ``pace``, or ``None`` in no-retain mode (``retain_batch`` 0 or ``weight`` 0)."""
+    if pace.retain_batch == 0 or weight == 0:
+        return None
+    return RetainTerm(task, loss, batch_size=pace.retain_batch, weight=weight)
+
+
+def divergence_term(task: Task, pace: Pace, *, weight: float = 1.0) -> RetainTerm | None:
+    """KL(θ_{t-1} ‖ θ) on retain records, or ``None`` as in :func:`retain_term`; θ_{t-1} is the model as it is now."""
+    if pace.retain_batch == 0 or weight == 0:
+        return None
+    return retain_term(task, distillation_loss(task.teacher()), pace, weight=weight)
+
+
+def descend(
+    task: Task,
+    pace: Pace,
+    *,
+    forget: Loss,
+    keep: Keep | None,
+    parameters: Iterable[nn.Parameter] | None = None,
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None,
+    before_step: Callable[[int], None] | None = None,
+    on_measure: Callable[[int, Forgetting], None] | None = None,
+    rest: bool = False,
+) -> Outcome:
+    """Descend ``forget`` + ``keep`` until the stop rule is met or the steps are used up.
+
+    Args:
+        task: the request; its model is changed in place.
+        pace: rate, length, batches.
+        forget: loss on a batch of forget records; descending it forgets. ``batch.records`` are indices
+            into ``task.forget``.
+        keep: the keeping loss of a step, or ``None``.
+        parameters: what is trained, of those that require a gradient; ``None``: all of them.
+        optimizer: makes the optimizer from the parameters; ``None``: AdamW. Its rate is set by ``pace``.
+        before_step: called as (step) with every gradient ready and clipped; may change them in place.
+        on_measure: called as (step, what was measured) after each measurement of the forget set.
+        rest: leave the forget loss out of the steps while the last measurement met the target.
+
+    Returns:
+        One row of history a measurement; ``reached`` is judged at the stored precision.
+
+    Raises:
+        InputError: if nothing of ``parameters`` requires a gradient.
+        TrainingDiverged: when a loss is not finite, with the step, never with data.
+    """
+    now = task.measure_stored()
+    history, spent = [now.row(0)], 0
+    met = task.stop.met(now)
+    if met:
+        return Outcome(True, history, {}, keep.passes if keep else 0)
+    offered = parameters if parameters is not None else task.model.parameters()
+    trained = [q for q in offered if q.requires_grad]
+    if not trained:
+        raise InputError("lora.targets: none of the layers that this method trains is among them")
+    stepper = (
+        optimizer(trained) if optimizer else AdamW(trained, lr=pace.lr, weight_decay=pace.weight_decay, foreach=True)
+    )
+    batches = endless_batches(len(task.forget), pace.batch_size, task.generator("order"))
+    device = trained[0].device
+    step = 0
+    task.model.eval()
+    while step < pace.steps and not (met and step >= pace.decay_steps):
+        task.progress("steps", step, max(pace.decay_steps, step) or pace.steps)
+        if keep is not None:
+            with task.autocast():
+                _backward(keep(step), step, "keeping")
+        if not (met and rest):
+            records = next(batches)
+            with task.autocast():
+                _backward(forget(task.model, collate(task.forget, records, device=device)), step, "forget")
+            spent += len(records)
+        average_gradients_(trained)
+        if pace.clip is not None:
+            clip_grad_norm_(trained, pace.clip)
+        if before_step is not None:
+            before_step(step)
+        for group in stepper.param_groups:
+            group["lr"] = pace.rate(step)
+        stepper.step()
+        task.model.zero_grad(set_to_none=True)
+        step += 1
+        if step % pace.check_every == 0 or step == pace.steps:
+            now = task.measure_stored()
+            met = task.stop.met(now)
+            history.append(now.row(step))
+            if on_measure is not None:
+                on_measure(step, now)
+    task.round_weights()
+    task.progress("steps", step, step)
+    return Outcome(met, history, {}, spent + (keep.passes if keep else 0))
+
+
+def _backward(loss: Tensor, step: int, what: str) -> None:
+    if not math.isfinite(float(loss.detach())):
+        raise TrainingDiverged(f"step {step + 1}: the {what} loss is {float(loss.detach())}")
+    loss.backward()
