@@ -1,34 +1,37 @@
 """ALKN: a task vector, trained with soft labels and localised by a learned mask, is subtracted.
 
-Five presets (docs/METHOD.md): ``interleaved``, the default, negates and repairs in every step,
+Six presets (docs/METHOD.md): ``interleaved``, the default, and ``deep`` negate and repair in every step,
 ``rounds`` in small rounds; ``derived``, ``paper`` and ``reference`` negate once.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
 
+from alkn.core.background import BackgroundModel
 from alkn.core.calibration import smallest_scale
-from alkn.core.gradient_mask import (
-    top_share_mask,
-    top_share_masks,
-)
+from alkn.core.descent import descend
+from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
 from alkn.core.rehearsal import Keeper
-from alkn.core.scoring import Batch, Scores, collate, endless_batches
-from alkn.core.training import (
-    answer_loss,
-    fine_tune,
-    suppression_loss,
-)
-from alkn.core.unlearning import Outcome, Task
-from alkn.errors import TrainingDiverged
+from alkn.core.scoring import Batch, Example, Scores
+from alkn.core.training import answer_loss, expectation_loss, fine_tune, odds_loss, suppression_loss
+from alkn.core.unlearning import Forgetting, Outcome, Task
+from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
-from alkn.methods.alkn_params import PAPER, AlknParams, label_weights, mask_state, move_m, previous_mask
+from alkn.methods.alkn_params import (
+    PAPER,
+    AlknParams,
+    empty_m,
+    label_weights,
+    mask_state,
+    move_m,
+    previous_mask,
+    stored_gradient,
+)
 from alkn.registry import register_method
 
 
@@ -42,84 +45,77 @@ def alkn(task: Task, params: AlknParams) -> Outcome:
 def _interleaved(task: Task, p: AlknParams) -> Outcome:
     """Every step negates one step of the forget task vector and repairs, in one AdamW update.
 
-    The forget part is the gradient of the soft-label weighted log-odds with its sign turned and its
-    weights taken at the current model; the repair is the retain cross-entropy and the distillation
-    of θ_{t-1} on records in its own words.
+    The repair is the retain cross-entropy and the distillation of θ_{t-1} on records in its own words. The
+    forget part is one of three losses on the log-odds of the answer tokens: with soft labels it pushes down
+    what is known and rests while the target is met; the other two bring each token to what a background
+    model that never saw the record expects.
     """
-    now = task.measure_stored()
-    history, passes, step = [now.row(0)], 0, 0
-    if task.stop.met(now):
-        return Outcome(True, history, {}, 0)
-    keeper = Keeper(task, rehearsal=p.rehearsal)
-    forget_loss = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
-    parameters = [q for q in task.model.parameters() if q.requires_grad]
-    optimizer = AdamW(parameters, lr=p.lr, weight_decay=p.weight_decay, foreach=True)
-    batches = endless_batches(len(task.forget), p.batch_size, task.generator("order"))
-    device = parameters[0].device
-    met = False
-    task.model.eval()
-    while step < p.steps:
-        task.progress("steps", step, max(p.decay_steps, step))
-        loss = keeper.loss(step, retain=p.retain_batch, written=p.rehearsal_batch)
-        if not math.isfinite(float(loss.detach())):
-            raise TrainingDiverged(f"step {step + 1}: the keeping loss is {float(loss.detach())}")
-        loss.backward()
-        if not met:
-            records = next(batches)
-            with task.autocast():
-                loss = forget_loss(task.model, collate(task.forget, records, device=device))
-            loss.backward()
-            passes += len(records)
-        if p.clip is not None:
-            clip_grad_norm_(parameters, p.clip)
-        optimizer.param_groups[0]["lr"] = p.lr * max(p.lr_floor, 1 - step / p.decay_steps)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % p.check_every == 0 or step == p.steps:
-            now = task.measure_stored()
-            met = task.stop.met(now)
-            history.append(now.row(step))
-            if met and step >= p.decay_steps:
-                break
-    task.round_weights()
-    task.progress("steps", step, step)
-    return Outcome(met, history, {}, passes + keeper.passes)
+    before = task.measure_stored()
+    if task.stop.met(before):
+        return Outcome(True, [before.row(0)], {}, 0)
+    if not task.retain and (p.retain_batch or p.rehearsal):
+        raise InputError(
+            "method.retain_batch, method.rehearsal: there is no retain record to draw on; expected 0 for both"
+        )
+    keep = None
+    if p.retain_batch or p.rehearsal:
+        keep = Keeper(task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch)
+    if p.forget_loss == "soft_labels":
+        pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
+        return descend(task, p.pace(), forget=pushed_down, keep=keep, rest=True)
+    expected = _expected_odds(task, keep.pool if keep else [], p)
+
+    def lower(step: int, now: Forgetting) -> None:
+        """Expect less where it is not enough: of all if too much is guessed right, else of what nobody would guess."""
+        guessed = now.exact_memorization > task.stop.exact_memorization
+        if 3 * step >= p.decay_steps and (guessed or now.p > task.stop.p):
+            for odds in expected:
+                odds.sub_(p.background_step * ((odds < 0) | guessed))
+
+    levelled = odds_loss(expected, width=p.background_width) if p.forget_loss == "huber" else expectation_loss(expected)
+    return descend(task, p.pace(), forget=levelled, keep=keep, on_measure=lower)
+
+
+def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:
+    """The log-odds that each forget token shall have: sharpness · logit P(background) + shift, bounded."""
+    config: Any = task.model.config
+    background = BackgroundModel(pool, vocab_size=config.get_text_config().vocab_size)
+    odds = [torch.logit(background.answer(example)) for example in task.forget]
+    return [
+        (p.background_sharpness * z + p.background_shift).clamp(p.background_lowest, p.background_highest) for z in odds
+    ]
 
 
 def _in_rounds(task: Task, p: AlknParams) -> Outcome:
     """θ ← θ − λ·τ in small rounds, each repaired, until the stop rule is met."""
     now, scores = task.measure()
     history, passes = [now.row(0)], 0
-    previous = used = previous_mask(task, p)
+    previous = previous_mask(task, p)
+    used = None if previous is None else {name: t.clone() for name, t in previous.items()}
     keeper = None if task.stop.met(now) else _keeper(task, p)
+    g_r: dict[str, RetainGradient] = {}
     for number in range(1, p.steps + 1):
         if keeper is None or task.stop.met(now):
             break
         task.progress("rounds", number - 1, p.steps)
-        theta = task.copy_weights()
-        g_r = keeper.gradient(number)
-        m = _train_round(task, p, number, scores, g_r, previous)
-        tau = {name: w - theta[name] for name, w in task.weights().items()}
-        mask = _round_mask(task, p, number, theta, tau, g_r, m)
-        for name in tau:
-            tau[name].mul_(mask[name])
-        if used is not None:
-            used = {name: used[name] | mask[name] for name in mask}
-        scale = _smallest_lambda(task, theta, tau, p)
-        task.set_weights(theta, tau, scale)
-        keeper.repair(number)
-        now, scores = task.measure()
+        if (number - 1) % p.retain_every == 0:
+            sampling = task.generator("ternary", number)
+            g_r = stored_gradient(keeper.gradient(number), p, generator=sampling, old=g_r or None, group=task.shards)
+        scale, now, scores = _round(task, p, number, scores, g_r, previous, used)
+        if p.repair_steps:
+            keeper.repair(number)
+            now, scores = task.measure()
         passes += p.epochs * len(task.forget)
         history.append(now.row(number, scale=scale))
     task.progress("rounds", p.steps, p.steps)
-    return Outcome(task.stop.met(now), history, mask_state(used), passes + (keeper.passes if keeper else 0))
+    return Outcome(task.stop.met(now), history, mask_state(task, used), passes + (keeper.passes if keeper else 0))
 
 
 def _keeper(task: Task, p: AlknParams) -> Keeper:
     return Keeper(
         task,
         sample=None if p.retain_gradient == "full" else p.retain_sample,
+        gradient_batch=p.batch_size,
         rehearsal=p.rehearsal,
         steps=p.repair_steps,
         batch_size=p.repair_batch,
@@ -127,11 +123,33 @@ def _keeper(task: Task, p: AlknParams) -> Keeper:
     )
 
 
+def _round(
+    task: Task,
+    p: AlknParams,
+    number: int,
+    scores: Scores,
+    g_r: Mapping[str, RetainGradient],
+    previous: dict[str, Tensor] | None,
+    used: dict[str, Tensor] | None,
+) -> tuple[float, Forgetting, Scores]:
+    """Fine-tune, localise, negate; λ and what was measured there. θ, τ and m are gone when it returns."""
+    theta = task.copy_weights()
+    m = _train_round(task, p, number, scores, g_r, previous)
+    tau = {name: w - theta[name] for name, w in task.weights().items()}
+    _localise_(tau, task, p, number, g_r, m, used)
+    return _negate(task, theta, tau, p)
+
+
 def _train_round(
-    task: Task, p: AlknParams, number: int, scores: Scores, g_r: dict[str, Tensor], previous: dict[str, Tensor] | None
+    task: Task,
+    p: AlknParams,
+    number: int,
+    scores: Scores,
+    g_r: Mapping[str, RetainGradient],
+    previous: dict[str, Tensor] | None,
 ) -> dict[str, Tensor] | None:
     """Fine-tune the model on the forget set; with criterion ``m``, return m."""
-    m = {name: torch.zeros_like(g) for name, g in g_r.items()} if p.criterion == "m" else None
+    m = empty_m(task, p) if p.criterion == "m" else None
 
     def on_gradient(_: int, __: Batch) -> None:
         if m is not None:
@@ -150,39 +168,58 @@ def _train_round(
     return m
 
 
-def _round_mask(
+def _localise_(
+    tau: dict[str, Tensor],
     task: Task,
     p: AlknParams,
     number: int,
-    theta: dict[str, Tensor],
-    step: dict[str, Tensor],
-    g_r: dict[str, Tensor],
+    g_r: Mapping[str, RetainGradient],
     m: dict[str, Tensor] | None,
-) -> dict[str, Tensor]:
-    """The share of coordinates whose removal promises the retain set most."""
-    if m is not None:
-        ranking = m
-    elif p.criterion == "exact":
-        ranking = {name: step[name] * g_r[name] for name in step}
-    elif p.criterion == "magnitude":
-        ranking = {name: step[name].abs() for name in step}
-    else:
-        generator = task.generator("random mask", number)
-        ranking = {n: torch.rand(t.shape, generator=generator).to(theta[n].device) for n, t in step.items()}
-    return _masks(ranking, p, p.share, task.generator("percentile", number))
+    used: dict[str, Tensor] | None,
+) -> None:
+    """Keep of τ the share of coordinates whose removal promises the retain set most, and add them to M.
 
+    A tensor at a time where the percentile is a tensor's: rankings and masks of the others need no room then.
+    """
+    chance = task.generator("random mask", number)
+    percentile = task.generator("percentile", number)
 
-def _masks(m: dict[str, Tensor], p: AlknParams, share: float, generator: torch.Generator) -> dict[str, Tensor]:
+    def ranking(name: str) -> Tensor:
+        if m is not None:
+            return m[name]
+        if p.criterion == "exact":
+            return retain_gain(tau[name], g_r[name])
+        if p.criterion == "magnitude":
+            return tau[name].abs()
+        return task.random(name, chance)
+
+    whole: Mapping[str, Tensor] = {}
+    shards = task.shards
     if p.scope == "model":
-        return dict(top_share_masks(m, share, estimator=p.estimator, generator=generator))
-    return {n: top_share_mask(t, share, estimator=p.estimator, generator=generator) for n, t in m.items()}
+        everything = {name: ranking(name) for name in tau}
+        whole = top_share_masks(everything, p.share, estimator=p.estimator, generator=percentile, group=shards)
+    for name, change in tau.items():
+        mask = (
+            whole[name]
+            if p.scope == "model"
+            else top_share_mask(ranking(name), p.share, estimator=p.estimator, generator=percentile, group=shards)
+        )
+        if used is not None:
+            used[name] |= mask
+        change.mul_(mask)
 
 
-def _smallest_lambda(task: Task, theta: dict[str, Tensor], tau: dict[str, Tensor], p: AlknParams) -> float:
-    """λ_max, or the smallest λ that meets the target if λ_max does."""
+def _negate(
+    task: Task, theta: dict[str, Tensor], tau: dict[str, Tensor], p: AlknParams
+) -> tuple[float, Forgetting, Scores]:
+    """θ ← θ − λ·τ with λ_max, or the smallest λ that meets the target if λ_max does; λ and what was measured there."""
+    measured: dict[float, tuple[Forgetting, Scores]] = {}
 
     def meets(scale: float) -> bool:
         task.set_weights(theta, tau, scale)
-        return task.stop.met(task.measure()[0])
+        measured[scale] = task.measure()
+        return task.stop.met(measured[scale][0])
 
-    return smallest_scale(meets, high=p.scale_max, bisections=p.bisections) or p.scale_max
+    scale = smallest_scale(meets, high=p.scale_max, bisections=p.bisections) or p.scale_max
+    task.set_weights(theta, tau, scale)
+    return scale, *measured[scale]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -10,11 +11,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from alkn.core.calibration import calibrated_scale
-from alkn.core.gradient_mask import threshold
+from alkn.core.distributed import local
+from alkn.core.gradient_mask import RetainGradient, threshold
 from alkn.core.scoring import Batch, mean_gradient
 from alkn.core.training import answer_loss, fine_tune, linear_warmup, steps_of
 from alkn.core.unlearning import Outcome, Task
-from alkn.methods.alkn_params import AlknParams, label_weights, mask_state, move_m, previous_mask
+from alkn.methods.alkn_params import (
+    AlknParams,
+    empty_m,
+    label_weights,
+    mask_state,
+    move_m,
+    previous_mask,
+    stored_gradient,
+)
 
 
 def at_once(task: Task, p: AlknParams) -> Outcome:
@@ -56,7 +66,7 @@ class MaskedTraining:
     def __init__(self, task: Task, p: AlknParams) -> None:
         self.task, self.p = task, p
         self.steps = steps_of(len(task.forget), p.hyperparameters())
-        self.m = {name: torch.zeros_like(w) for name, w in task.weights().items()}
+        self.m = empty_m(task, p)
         self.previous = previous_mask(task, p)
         self.eta: dict[str, Tensor] = {
             name: task.state[f"eta.{name}"].to(w.device)
@@ -67,12 +77,17 @@ class MaskedTraining:
         self.generator = task.generator("percentile")
         self.pairs = task.generator("pairs")
         self.passes = 0
-        self.g_r: dict[str, Tensor] | None = None
-        if p.retain_gradient != "paired":
+        self.g_r: dict[str, RetainGradient] | None = None
+        if p.criterion == "random":
+            chance = task.generator("random mask")
+            self.m = {n: task.random(n, chance).to(t.dtype) for n, t in self.m.items()}
+        if p.criterion == "m" and p.retain_gradient != "paired":
             picks = list(range(len(task.retain)))
             if p.retain_gradient == "sample":
                 picks = torch.randint(len(task.retain), (p.retain_sample,), generator=task.generator("retain")).tolist()
-            self.g_r, self.passes = mean_gradient(task.model, task.retain, picks), len(picks)
+            gradient = mean_gradient(task.model, task.retain, picks, max_records=p.batch_size)
+            sampling = task.generator("ternary")
+            self.g_r, self.passes = stored_gradient(gradient, p, generator=sampling, group=task.shards), len(picks)
         self.old: dict[str, Tensor] = {}
         self.fifth = -1
 
@@ -80,7 +95,7 @@ class MaskedTraining:
         """AdamW's groups: the half of the tensors in which M is densest gets the protected rate."""
         if self.p.protection != "tensor" or self.previous is None or not any(t.any() for t in self.previous.values()):
             return None
-        density = {name: float(t.float().mean()) for name, t in self.previous.items()}
+        density = {name: float(self.task.whole(t).float().mean()) for name, t in self.previous.items()}
         dense = set(sorted(density, key=lambda n: (-density[n], n))[: len(density) // 2])
         named = [(n, q) for n, q in self.task.model.named_parameters() if q.requires_grad]
         return [
@@ -90,19 +105,23 @@ class MaskedTraining:
 
     def before_step(self, step: int, batch: Batch) -> None:
         """Move m and mask the gradient, in the order of the preset."""
-        g_r = self.g_r if self.g_r is not None else self._paired(batch)
+        g_r: Mapping[str, RetainGradient] = self.g_r or {}
+        if self.p.criterion == "m" and self.g_r is None:
+            g_r = self._paired(batch)
         if self.p.mask_first:
-            move_m(self.task, self.p, self.m, g_r, self.previous)
+            self._move(g_r)
             self._find_thresholds(step)
         raw = {} if self.p.mask_first else self._gradients()
         for name, parameter in self.task.model.named_parameters():
             if parameter.grad is not None and name in self.eta:
-                parameter.grad = parameter.grad * (self.m[name] >= self.eta[name])
+                # A new tensor: the gradient as it was is what moves m.
+                parameter.grad = parameter.grad.clone()
+                local(parameter.grad).mul_(self.m[name] >= self.eta[name])
         if self.p.protection == "coordinate" and self.previous is not None:
             self.old = self.task.copy_weights()
         if not self.p.mask_first:
             masked = self._swap_gradients(raw)
-            move_m(self.task, self.p, self.m, g_r, self.previous)
+            self._move(g_r)
             self._swap_gradients(masked)
             self._find_thresholds(step)
 
@@ -118,10 +137,18 @@ class MaskedTraining:
         out: dict[str, Tensor] = {}
         if self.previous is not None:
             mask = {n: t >= self.eta[n] for n, t in self.m.items()}
-            out |= mask_state({n: self.previous[n] | mask[n] for n in mask})
+            out |= mask_state(self.task, {n: self.previous[n] | mask[n] for n in mask})
         if self.p.reuse_thresholds:
             out |= {f"eta.{name}": eta.cpu().clone() for name, eta in self.eta.items()}
         return out
+
+    def _move(self, g_r: Mapping[str, RetainGradient]) -> None:
+        """Move m by the present gradients; for the ablations it is their accumulated size, or chance, which stays."""
+        if self.p.criterion == "m":
+            move_m(self.task, self.p, self.m, g_r, self.previous)
+        elif self.p.criterion == "magnitude":
+            for name, gradient in self._gradients().items():
+                self.m[name] += local(gradient).abs()
 
     def _share(self, step: int) -> float:
         done = (step + 1) / self.steps
@@ -139,14 +166,15 @@ class MaskedTraining:
             if fifth == self.fifth:
                 return
             self.fifth = fifth
-        share = self._share(step)
+        share, shards = self._share(step), self.task.shards
         if self.p.scope == "model":
             flat = torch.cat([t.reshape(-1) for t in self.m.values()])
-            eta = threshold(flat, share, estimator=self.p.estimator, generator=self.generator)
+            eta = threshold(flat, share, estimator=self.p.estimator, generator=self.generator, group=shards)
             self.eta = dict.fromkeys(self.m, eta)
         else:
             self.eta = {
-                n: threshold(t, share, estimator=self.p.estimator, generator=self.generator) for n, t in self.m.items()
+                n: threshold(t, share, estimator=self.p.estimator, generator=self.generator, group=shards)
+                for n, t in self.m.items()
             }
 
     def _paired(self, batch: Batch) -> dict[str, Tensor]:

@@ -6,17 +6,30 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Generator, Tensor
 
-from alkn.core.gradient_mask import Estimator, PenaltyForm, Sign, accumulate_, overlap_penalty
+from alkn.core.gradient_mask import (
+    Estimator,
+    PenaltyForm,
+    RetainGradient,
+    Sign,
+    accumulate_all_,
+    overlap_penalty,
+    threshold,
+)
 from alkn.core.scoring import Scores
 from alkn.core.soft_labels import SoftLabelForm, entropic_weights
+from alkn.core.ternary import Ternary
 from alkn.core.training import Hyperparameters
 from alkn.core.unlearning import Task
-from alkn.registry import Params
+from alkn.errors import WrongKeys
+from alkn.methods.descent_params import DescentParams
 
 PAPER = "ALKN, ICML 2025, PMLR 267, pp. 68094-68117"
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 REFERENCE: dict[str, Any] = {
     "procedure": "once", "lr": 2e-5, "epochs": 5, "batch_size": 64, "weight_decay": 0.01, "clip": 1.0,
@@ -27,6 +40,7 @@ REFERENCE: dict[str, Any] = {
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
+    "deep": {"lr": 1e-3, "forget_loss": "huber", "background_sharpness": 3.0, "background_shift": 0.5},
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
         "label_scale": 10.0, "label_midpoint": 0.8, "rehearsal": 0,
@@ -43,29 +57,69 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class AlknParams(Params):
+READ_BY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        (
+            "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "background_sharpness",
+            "background_shift", "background_lowest", "background_highest", "background_width", "background_step",
+            "forget_loss",
+        ),
+        ("interleaved",),
+    ),
+    **dict.fromkeys(
+        (
+            "retain_every", "retain_momentum", "scale_max", "bisections", "repair_steps", "repair_lr", "repair_batch",
+        ),
+        ("rounds",),
+    ),
+    **dict.fromkeys(
+        (
+            "warmup_epochs", "share_end", "schedule", "reuse_thresholds", "mask_first", "protection",
+            "protection_rate", "scale",
+        ),
+        ("once",),
+    ),
+    **dict.fromkeys(("steps", "rehearsal"), ("interleaved", "rounds")),
+    **dict.fromkeys(
+        (
+            "epochs", "soft_labels", "label_form", "criterion", "sign", "strength",
+            "retain_gradient", "retain_sample", "gradient_dtype", "ternary_share", "ternary_gain", "share", "scope",
+            "estimator", "overlap", "overlap_factor",
+        ),
+        ("rounds", "once"),
+    ),
+}  # fmt: skip
+"""Key -> the procedures that read it, where not all do."""
+
+
+class AlknParams(DescentParams):
     """Settings of ALKN; ``preset`` fills in what is not given.
 
     Attributes:
-        preset: which of the five; its values are defaults that any key beside it overrides.
+        preset: which of the six; its values are defaults that any key beside it overrides.
         procedure: ``interleaved``: every step negates a one-step task vector and repairs at once;
             ``rounds``: fine-tune, localise, negate, again; ``once``: one fine-tuning with masked gradients,
             one negation.
-        steps: most steps, or most rounds.
-        decay_steps: interleaved: the rate falls linearly to ``lr_floor`` of it over so many steps, and
-            so many steps are always taken; the forget term rests while the target is met.
-        lr_floor: see ``decay_steps``.
-        check_every: interleaved: steps between two measurements of the forget set.
-        lr, epochs, batch_size, weight_decay, clip, warmup_epochs: of the steps, or of the fine-tuning.
+        lr, steps, decay_steps, lr_floor, check_every, batch_size, retain_batch, weight_decay, clip: see
+            :class:`alkn.core.descent.Pace`; ``rounds`` and ``once`` have no schedule of steps, and
+            there ``steps`` counts rounds and rate, batch, decay and norm are the fine-tuning's.
+        epochs, warmup_epochs: of the fine-tuning.
             ``warmup_epochs`` (once) 0: constant rate; else linear up over so many epochs, then down to zero.
         soft_labels: weight the tokens (ESL); off: all weights one (not for ``interleaved``).
         label_form, label_scale, label_midpoint: see :func:`alkn.core.soft_labels.entropic_weights`.
         criterion: what ranks the coordinates: ``m``, the accumulated products; ``exact``,
-            (θ_ft − θ) · G_r; ``random`` and ``magnitude`` are ablations. ``once`` takes ``m``;
+            (θ_ft − θ) · G_r, not for ``once``; ``random`` and ``magnitude``, |θ_ft − θ| or in ``once`` the
+            accumulated |G_u|, are ablations.
             ``interleaved`` localises nothing: the keeping gradient is in every step.
         sign, strength: see :func:`alkn.core.gradient_mask.accumulate_`.
         retain_gradient: ``sample`` of ``retain_sample`` records, drawn with replacement each round;
             ``full`` mean over D_r; ``paired``: one random retain record for each forget record of a batch.
+        retain_every: rounds: a new G_r only every so many rounds.
+        retain_momentum: rounds: share of the old G_r that stays in a new one; 0: none.
+        gradient_dtype: precision that m and G_r are kept in, and a new G_r is averaged in.
+        ternary_share: keep G_r in two bits: the signs of this share of each tensor's entries, the largest
+            in size (equation 56); ``null``: keep the numbers. Not for ``paired``.
+        ternary_gain: a of equation 56.
         share: share of coordinates that may move (at the start, where a schedule changes it).
         share_end: where the schedule of ``once`` goes.
         schedule: ``constant``, ``linear`` over the training, or ``fifths``: stepwise, each fifth.
@@ -76,23 +130,26 @@ class AlknParams(Params):
         protection, protection_rate: rate × ``protection_rate`` on M, a coordinate or a tensor at a time (APM).
         scale: λ of ``once``; ``null``: calibrated, the smallest that meets the target.
         scale_max, bisections: the search for λ in a round; no bisection: always ``scale_max``.
+        forget_loss: interleaved: ``soft_labels`` of ``label_scale`` and ``label_midpoint`` push down, see
+            :func:`alkn.core.training.suppression_loss`; ``cross_entropy`` and ``huber`` bring to a level, see
+            :func:`alkn.core.training.expectation_loss` and :func:`alkn.core.training.odds_loss`.
+        background_sharpness, background_shift, background_lowest, background_highest: the level: the log-odds
+            that a forget token shall have are sharpness · z + shift between the bounds, z those that
+            :class:`alkn.core.background.BackgroundModel` gives it.
+        background_width: ``huber``: distance in nats from there within which the force fades.
+        background_step: nats that these log-odds are lowered by at each measurement that misses the
+            target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
         rehearsal: prompts that θ_{t-1} answers in its own words, to be kept like the retain records; 0: none.
-        rehearsal_batch, retain_batch: records of each kind in a step of ``interleaved``.
+        rehearsal_batch: written records in a step of ``interleaved``, beside ``retain_batch`` retain records.
         repair_steps, repair_lr, repair_batch: rounds: after each negation, steps that distil θ_{t-1} on
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    preset: Literal["interleaved", "rounds", "derived", "paper", "reference"] = "interleaved"
+    preset: Literal["interleaved", "deep", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
-    steps: int = Field(400, ge=1)
     decay_steps: int = Field(120, ge=1)
-    lr_floor: float = Field(0.1, ge=0, le=1)
-    check_every: int = Field(5, ge=1)
     lr: float = Field(2e-4, gt=0)
     epochs: int = Field(1, ge=1)
-    batch_size: int = Field(16, ge=1)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float | None = Field(1.0, gt=0)
     warmup_epochs: int = Field(0, ge=0)
     soft_labels: bool = True
     label_form: SoftLabelForm = "log_odds"
@@ -103,6 +160,11 @@ class AlknParams(Params):
     strength: float = Field(1.0, gt=0)
     retain_gradient: Literal["sample", "full", "paired"] = "sample"
     retain_sample: int = Field(320, ge=1)
+    retain_every: int = Field(1, ge=1)
+    retain_momentum: float = Field(0.0, ge=0, lt=1)
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    ternary_share: float | None = Field(None, gt=0, le=1)
+    ternary_gain: float = Field(100.0, gt=1)
     share: float = Field(0.1, ge=0, le=1)
     share_end: float = Field(0.1, ge=0, le=1)
     schedule: Literal["constant", "linear", "fifths"] = "constant"
@@ -117,9 +179,16 @@ class AlknParams(Params):
     scale: float | None = Field(None, gt=0)
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
+    forget_loss: Literal["soft_labels", "cross_entropy", "huber"] = "soft_labels"
+    background_sharpness: float = Field(2.0, gt=0)
+    background_shift: float = 0.4
+    background_lowest: float = -16.0
+    background_highest: float = 3.0
+    background_width: float = Field(2.0, gt=0)
+    background_step: float = Field(0.2, ge=0)
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(20, ge=1)
-    retain_batch: int = Field(12, ge=1)
+    retain_batch: int = Field(12, ge=0)
     repair_steps: int = Field(0, ge=0)
     repair_lr: float = Field(2e-4, gt=0)
     repair_batch: int = Field(32, ge=1)
@@ -127,20 +196,33 @@ class AlknParams(Params):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_preset(cls, given: Any) -> Any:
-        if isinstance(given, Mapping):
-            return {**PRESETS.get(str(given.get("preset", "interleaved")), {}), **given}
-        return given
+        if not isinstance(given, Mapping):
+            return given
+        preset = PRESETS.get(str(given.get("preset", "interleaved")), {})
+        procedure = given.get("procedure", preset.get("procedure", "interleaved"))
+        # A value that holds anyway is let pass: what is frozen beside a step has every key.
+        unread = [
+            (key, f"procedure {procedure!r} does not read it, only {' and '.join(map(repr, READ_BY[key]))}")
+            for key, value in given.items()
+            if procedure not in READ_BY.get(key, (procedure,))
+            and value != preset.get(key, cls.model_fields[key].get_default())
+        ]
+        if unread:
+            raise WrongKeys(unread)
+        return {**preset, **given}
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:
-        if self.procedure == "once" and self.criterion != "m":
-            raise ValueError("procedure 'once' masks gradients by criterion 'm'")
+        if self.procedure == "once" and self.criterion == "exact":
+            raise ValueError("procedure 'once' masks gradients by criterion 'm', 'random' or 'magnitude'")
         if self.procedure == "rounds" and self.retain_gradient == "paired":
             raise ValueError("procedure 'rounds' takes retain_gradient 'sample' or 'full'")
-        if self.procedure == "interleaved" and (self.label_form != "log_odds" or not self.soft_labels):
-            raise ValueError("procedure 'interleaved' takes soft labels of form 'log_odds'")
         if self.label_form == "log_odds" and self.label_midpoint == 1:
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
+        if self.ternary_share is not None and self.retain_momentum > 0:
+            raise ValueError("retain_momentum averages gradients: it does not go with ternary_share")
+        if self.ternary_share is not None and self.retain_gradient == "paired":
+            raise ValueError("ternary_share stores one G_r: it does not go with retain_gradient 'paired'")
         return self
 
     def hyperparameters(self) -> Hyperparameters:
@@ -160,20 +242,70 @@ def label_weights(scores: Scores, p: AlknParams) -> list[Tensor] | None:
     ]
 
 
+def empty_m(task: Task, p: AlknParams) -> dict[str, Tensor]:
+    """The mask variable at the start of its training: zeros."""
+    return {
+        name: torch.zeros(w.shape, dtype=DTYPES[p.gradient_dtype], device=w.device)
+        for name, w in task.weights().items()
+    }
+
+
+def stored_gradient(
+    gradient: dict[str, Tensor],
+    p: AlknParams,
+    *,
+    generator: Generator,
+    old: Mapping[str, RetainGradient] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, RetainGradient]:
+    """G_r as it is kept through a round; ``gradient`` is emptied on the way, so that no tensor is held twice.
+
+    Args:
+        gradient: the new G_r in float32.
+        p: ``gradient_dtype``, ``ternary_share``, ``ternary_gain``, ``retain_momentum``, ``estimator``.
+        generator: randomness of a sampled threshold.
+        old: the last G_r, averaged into the new one by ``retain_momentum``.
+        group: processes that hold the other parts of ``gradient``; ``None``: it is whole.
+    """
+    out: dict[str, RetainGradient] = {}
+    for name in list(gradient):
+        new = gradient.pop(name)
+        before = old[name] if old is not None else None
+        if p.retain_momentum > 0 and isinstance(before, Tensor):
+            new.mul_(1 - p.retain_momentum).add_(before, alpha=p.retain_momentum)
+        if p.ternary_share is None:
+            out[name] = new.to(DTYPES[p.gradient_dtype])
+        else:
+            eta = threshold(new.abs(), p.ternary_share, estimator=p.estimator, generator=generator, group=group)
+            out[name] = Ternary.of(new, eta, gain=p.ternary_gain)
+    return out
+
+
 def move_m(
-    task: Task, p: AlknParams, m: dict[str, Tensor], g_r: dict[str, Tensor], previous: dict[str, Tensor] | None
+    task: Task,
+    p: AlknParams,
+    m: Mapping[str, Tensor],
+    g_r: Mapping[str, RetainGradient],
+    previous: Mapping[str, Tensor] | None,
 ) -> None:
     """Accumulate the model's present gradients into m, with the penalty on M where it is on."""
-    for name, parameter in task.model.named_parameters():
-        if parameter.grad is None:
-            continue
-        penalty: Tensor | float = 0.0
-        if p.overlap != "none" and previous is not None:
-            penalty = overlap_penalty(parameter.grad, g_r[name], form=p.overlap, factor=p.overlap_factor)
-        accumulate_(
-            m[name], parameter.grad, g_r[name], sign=p.sign, strength=p.strength,
-            previous=None if previous is None else previous[name], penalty=penalty,
-        )  # fmt: skip
+    gradients, shards = task.gradients(), task.shards
+    used, penalties = None, []
+    if p.overlap != "none" and previous is not None:
+        used = [previous[name] for name in gradients]
+        penalties = [
+            overlap_penalty(g, g_r[n], form=p.overlap, factor=p.overlap_factor, group=shards)
+            for n, g in gradients.items()
+        ]
+    accumulate_all_(
+        [m[name] for name in gradients],
+        list(gradients.values()),
+        [g_r[name] for name in gradients],
+        sign=p.sign,
+        strength=p.strength,
+        previous=used,
+        penalties=penalties,
+    )
 
 
 def previous_mask(task: Task, p: AlknParams) -> dict[str, Tensor] | None:
@@ -181,13 +313,13 @@ def previous_mask(task: Task, p: AlknParams) -> dict[str, Tensor] | None:
     if p.overlap == "none" and p.protection == "none":
         return None
     return {
-        name: task.state[f"mask.{name}"].to(w.device)
+        name: task.part(task.state[f"mask.{name}"])
         if f"mask.{name}" in task.state
         else torch.zeros(w.shape, dtype=torch.bool, device=w.device)
         for name, w in task.weights().items()
     }
 
 
-def mask_state(mask: dict[str, Tensor] | None) -> dict[str, Tensor]:
+def mask_state(task: Task, mask: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """M as tensors of the step's state."""
-    return {} if mask is None else {f"mask.{name}": t.cpu() for name, t in mask.items()}
+    return {} if mask is None else {f"mask.{name}": task.whole(t) for name, t in mask.items()}

@@ -16,15 +16,16 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from alkn.core.calibration import calibrated_scale, smallest_scale
-from alkn.core.scoring import mean_gradient, score
+from alkn.core.scoring import Scores, mean_gradient, score
 from alkn.core.training import Hyperparameters, answer_loss, fine_tune
 from alkn.core.unlearning import Forgetting, Outcome, StopRule, Task, seed_of
+from alkn.errors import InputError
 from alkn.methods.alkn import alkn
 from alkn.methods.alkn_once import MaskedTraining
-from alkn.methods.alkn_params import AlknParams
+from alkn.methods.alkn_params import READ_BY, AlknParams
 from alkn.registry import methods
 
-PRESETS = ("interleaved", "rounds", "derived", "reference", "paper")
+PRESETS = ("interleaved", "deep", "rounds", "derived", "reference", "paper")
 STOP = StopRule(p=0.01, exact_memorization=0.2)
 NEVER = StopRule(p=0.0, exact_memorization=0.0)
 
@@ -103,6 +104,8 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
     """Also with a value that is a default elsewhere, and nothing else changes."""
     plain = AlknParams(preset=preset).model_dump()  # type: ignore[arg-type]
     for key, value in (("lr", 1e-3), ("clip", None), ("share", 0.25), ("scale", 3.0), ("weight_decay", 0.0)):
+        if plain["procedure"] not in READ_BY.get(key, (plain["procedure"],)):
+            continue
         given = AlknParams.model_validate({"preset": preset, key: value}).model_dump()
         assert given == plain | {key: value}
 
@@ -114,13 +117,14 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
         ({"preset": "derived", "criterion": "exact"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"preset": "rounds", "retain_gradient": "paired"}, "takes retain_gradient 'sample' or 'full'"),
         ({"preset": "reference", "procedure": "rounds"}, "takes retain_gradient 'sample' or 'full'"),
-        ({"label_form": "paper"}, "procedure 'interleaved' takes soft labels of form 'log_odds'"),
-        ({"soft_labels": False}, "procedure 'interleaved' takes soft labels of form 'log_odds'"),
-        ({"label_midpoint": 1}, "'log_odds' takes a label_midpoint below 1"),
-        ({"preset": "round"}, "Input should be 'interleaved', 'rounds'"),
+        (
+            {"preset": "rounds", "label_form": "log_odds", "label_midpoint": 1},
+            "'log_odds' takes a label_midpoint below 1",
+        ),
+        ({"preset": "round"}, "Input should be 'interleaved', 'deep', 'rounds'"),
         ({"lrr": 1e-3}, "Extra inputs are not permitted"),
-        ({"share": 1.5}, "less than or equal to 1"),
-        ({"scale": 0}, "greater than 0"),
+        ({"preset": "rounds", "share": 1.5}, "less than or equal to 1"),
+        ({"preset": "paper", "scale": 0}, "greater than 0"),
         ({"clip": 0}, "greater than 0"),
         ({"steps": 0}, "greater than or equal to 1"),
         ({"lr": "fast"}, "valid number"),
@@ -129,6 +133,69 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
 def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         AlknParams.model_validate(values)
+
+
+def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
+    """Key and procedure are named; what a preset fills in is nobody's mistake, nor is a value that holds anyway."""
+    for procedure in ("interleaved", "rounds", "once"):
+        preset = {"interleaved": "interleaved", "rounds": "rounds", "once": "paper"}[procedure]
+        defaults = AlknParams(preset=preset).model_dump()  # type: ignore[arg-type]
+        for key, value in defaults.items():
+            assert AlknParams.model_validate({"preset": preset, key: value}).model_dump() == defaults
+            other = not value if isinstance(value, bool) else 0.5 if value is None or isinstance(value, float) else "x"
+            with pytest.raises(ValidationError) as error:
+                AlknParams.model_validate({"preset": preset, key: other if other != value else 0.25, "lr": -1})
+            told = f"{key}: procedure '{procedure}' does not read it, only "
+            assert (told in str(error.value)) == (procedure not in READ_BY.get(key, (procedure,))), key
+    with pytest.raises(ValidationError) as error:
+        AlknParams.model_validate({"share": 0.5, "scale": 1.0})
+    (cause,) = (item["ctx"]["error"] for item in error.value.errors())
+    assert [key for key, _ in cause.faults] == ["share", "scale"]
+    assert cause.faults[0][1].endswith("only 'rounds' and 'once'")
+
+
+class Watched(AlknParams):
+    """Parameters that note which of them are read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in AlknParams.model_fields:
+            READ.add(name)
+        return super().__getattribute__(name)
+
+    def model_dump(self, **more: Any) -> dict[str, Any]:
+        READ.update(more["include"])
+        return super().model_dump(**more)
+
+
+READ: set[str] = set()
+EVERYTHING: dict[str, list[dict[str, Any]]] = {
+    "interleaved": [
+        {"steps": 2, "rehearsal": 2, "decay_steps": 1, "check_every": 1},
+        {"steps": 5, "rehearsal": 2, "forget_loss": "huber", "decay_steps": 1},
+    ],
+    "rounds": [
+        {"steps": 2, "criterion": "m", "overlap": "product_std", "repair_steps": 1, "ternary_share": 0.5},
+        {"steps": 1, "rehearsal": 2},
+    ],
+    "once": [{"preset": "paper"}, {"preset": "reference"}, {"preset": "paper", "retain_gradient": "sample",
+                                                           "ternary_share": 0.5}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("procedure", EVERYTHING)
+def test_which_procedure_reads_which_key(procedure: str, memorised: Any) -> None:
+    """By watching runs: no key is read that the table denies, and what it grants is read in one of them."""
+    read = set()
+    for values in EVERYTHING[procedure]:
+        short = {"lr": 1e-4} if procedure == "interleaved" else {"lr": 1e-4, "epochs": 1}
+        params = Watched.model_validate({"preset": procedure, **short, **values})
+        READ.clear()
+        alkn(task_of(memorised, stop=NEVER), params)
+        read |= READ
+    granted = {key for key in AlknParams.model_fields if procedure in READ_BY.get(key, (procedure,))}
+    # Shared parts look at these two in passing, where they change nothing of the model.
+    assert read - granted <= {"protection", "retain_momentum"}
+    assert granted - read == {"preset"}
 
 
 # One step, by hand
@@ -453,6 +520,50 @@ def test_interleaved_without_rehearsal(memorised: Any) -> None:
     assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (16 + 6)
 
 
+def test_interleaved_without_retain_records(memorised: Any) -> None:
+    """No-retain mode: nothing is kept and nothing is drawn on; asking for either names the keys."""
+    task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
+    outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0))
+    pushed = [row for row in outcome.history[:-1] if not STOP.met(Forgetting(row["p"], row["exact_memorization"]))]
+    assert outcome.reached and outcome.passes == 16 * 5 * len(pushed) > 0
+    with pytest.raises(InputError, match="method.retain_batch, method.rehearsal: there is no retain record"):
+        alkn(Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0), interleaved_of())
+
+
+def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> None:
+    """Where the background expects every token, the records stay as likely as that; where none, all are gone."""
+    likely: dict[float, Scores] = {}
+    level: dict[str, Any] = {"forget_loss": "cross_entropy"}
+    for shift in (3.0, -16.0):
+        task = task_of(memorised, stop=NEVER)
+        alkn(
+            task,
+            interleaved_of(steps=60, background_sharpness=1e-3, background_shift=shift, background_step=0, **level),
+        )
+        likely[shift] = score(task.model, memorised.forget)
+    assert float(likely[-16.0].probability.mean()) < 1e-3
+    guessed = torch.cat(likely[3.0].token_probs).median()
+    assert abs(float(torch.logit(guessed)) - 3.0) < 1.5
+
+
+def test_deep_forgets_deeper(memorised: Any) -> None:
+    """Same steps, same records: the constant force leaves the forgotten tokens far less probable."""
+    left = {}
+    for preset, loss in (("interleaved", "cross_entropy"), ("deep", "huber")):
+        task = task_of(memorised, stop=NEVER)
+        small = {"lr": 2e-3, "rehearsal": 12, "rehearsal_batch": 6, "retain_batch": 6, "decay_steps": 60, "steps": 60}
+        alkn(task, AlknParams.model_validate({"preset": preset, "forget_loss": loss, "background_step": 0} | small))
+        left[preset] = float(score(task.model, memorised.forget).nll.mean())
+    assert left["deep"] > left["interleaved"] + 2
+
+
+def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
+    """A background that expects what may not be known: lowered at each measurement, it ends forgotten; else not."""
+    high = {"forget_loss": "cross_entropy", "background_sharpness": 1e-3, "background_shift": 3.0, "steps": 120}
+    reached = {by: alkn(task_of(memorised), interleaved_of(**high, background_step=by)).reached for by in (0.0, 0.7)}
+    assert reached == {0.0: False, 0.7: True}
+
+
 # Single negation
 
 
@@ -528,8 +639,10 @@ def test_presets_with_a_fixed_scale_say_whether_they_reached_the_target(preset: 
 
 def run(memorised: Any, preset: str, *, seed: int = 0, **more: Any) -> tuple[Task, Outcome]:
     task = task_of(memorised, seed=seed, stop=StopRule(0.5, 1.0), **more)
-    quick = {"preset": preset, "lr": 2e-3, "retain_sample": 9, "steps": 30}
-    return task, alkn(task, interleaved_of() if preset == "interleaved" else AlknParams.model_validate(quick))
+    if preset in ("interleaved", "deep"):
+        return task, alkn(task, interleaved_of(preset=preset))
+    quick = {"lr": 2e-3, "retain_sample": 9} | ({"steps": 30} if preset == "rounds" else {})
+    return task, alkn(task, AlknParams.model_validate({"preset": preset} | quick))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -1,0 +1,173 @@
+"""ALKN's savings: G_r and m in fewer bytes, G_r reused and averaged over rounds, negation in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from alkn.core.scoring import mean_gradient, score
+from alkn.core.ternary import Ternary, unpack
+from alkn.core.unlearning import Outcome, StopRule, Task
+from alkn.methods.alkn import alkn
+from alkn.methods.alkn_params import AlknParams, empty_m, stored_gradient
+
+STOP = StopRule(p=0.01, exact_memorization=0.2)
+NEVER = StopRule(p=0.0, exact_memorization=0.0)
+
+
+def rounds_of(**more: Any) -> AlknParams:
+    return AlknParams.model_validate({"preset": "rounds", "lr": 5e-3, "retain_sample": 9} | more)
+
+
+def task_of(memorised: Any, stop: StopRule = STOP, **more: Any) -> Task:
+    return Task(model=memorised.model(), forget=memorised.forget, retain=memorised.retain, stop=stop, seed=0, **more)
+
+
+def run(memorised: Any, stop: StopRule = STOP, **more: Any) -> tuple[Task, Outcome]:
+    task = task_of(memorised, stop)
+    return task, alkn(task, rounds_of(**more))
+
+
+def gradients(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(6, 5, generator=generator), "b": torch.randn(8, generator=generator)}
+
+
+def stored(new: dict[str, Tensor], old: Any = None, **params: Any) -> Any:
+    return stored_gradient(new, rounds_of(**params), generator=torch.Generator().manual_seed(0), old=old)
+
+
+def test_a_gradient_is_kept_as_asked_and_not_twice() -> None:
+    """As it is, rounded, or the signs of the largest fifth of each tensor; the given mapping is emptied."""
+    given = gradients(0)
+    assert all(torch.equal(t, given[n]) for n, t in stored(dict(given)).items())
+    rounded = stored(dict(given), gradient_dtype="bf16")
+    assert all(torch.equal(t, given[n].bfloat16()) for n, t in rounded.items())
+    emptied = dict(given)
+    signs = stored(emptied, ternary_share=0.2, estimator="exact")
+    assert emptied == {}
+    for name, t in signs.items():
+        assert isinstance(t, Ternary) and t.gain == 100.0
+        size = np.abs(given[name].numpy())
+        large = size >= np.sort(size.reshape(-1))[::-1][max(1, round(0.2 * size.size)) - 1]
+        assert np.array_equal(unpack(t.packed, t.shape).numpy(), np.where(large, np.sign(given[name].numpy()), 0))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_momentum_averages_gradients(dtype: str) -> None:
+    """Three quarters of the old one and a quarter of the new one; the first is taken whole."""
+    first, second = gradients(1), gradients(2)
+    params = {"retain_momentum": 0.75, "gradient_dtype": dtype}
+    old = stored(dict(first), **params)
+    new = stored(dict(second) | {n: t.clone() for n, t in second.items()}, old, **params)
+    for name in first:
+        assert torch.equal(old[name].float(), first[name].to(old[name].dtype).float())
+        expected = 0.75 * old[name].double() + 0.25 * gradients(2)[name].double()
+        tolerance = 2**-8 if dtype == "bf16" else 1e-6
+        torch.testing.assert_close(new[name].double(), expected, rtol=tolerance, atol=tolerance / 100)
+
+
+def test_m_is_kept_in_its_precision(memorised: Any) -> None:
+    m = empty_m(task_of(memorised), rounds_of(gradient_dtype="bf16"))
+    assert {t.dtype for t in m.values()} == {torch.bfloat16} and not any(t.any() for t in m.values())
+
+
+@pytest.mark.parametrize("criterion", ["exact", "m"])
+def test_a_round_in_bf16_is_that_of_fp32_but_for_coordinates_at_the_threshold(criterion: str, memorised: Any) -> None:
+    """Rounding by 2^-9 swaps coordinates whose rank is within it of the cut, and changes nothing else."""
+    once = StopRule(p=float(score(memorised.trained, memorised.forget).probability.mean()) - 1e-9, exact_memorization=1)
+    full, _ = run(memorised, once, criterion=criterion, bisections=0)
+    half, _ = run(memorised, once, criterion=criterion, bisections=0, gradient_dtype="bf16")
+    other = total = 0
+    for name, w in full.weights().items():
+        start = dict(memorised.trained.named_parameters())[name].detach()
+        a, b = w - start, half.weights()[name] - start
+        both = (a != 0) & (b != 0)
+        assert torch.equal(a[both], b[both]), name
+        other += int(((a != 0) != (b != 0)).sum())
+        total += int((a != 0).sum())
+    assert total > 500 and other < 0.05 * total
+
+
+@pytest.mark.parametrize("criterion", ["exact", "m"])
+def test_rounds_with_a_ternary_gradient_forget_and_keep(criterion: str, memorised: Any) -> None:
+    """Two bits of G_r an entry still localise: the retain set stays, and with a random mask it does not."""
+    task, outcome = run(memorised, criterion=criterion, ternary_share=0.3)
+    chance, by_chance = run(memorised, criterion="random")
+    kept, lost = (float(score(t.model, memorised.retain).probability.mean()) for t in (task, chance))
+    assert outcome.reached and by_chance.reached
+    assert kept > 0.95 and lost < 0.8
+
+
+def test_a_gradient_that_is_reused_is_not_paid_for(memorised: Any) -> None:
+    """Seven rounds, a new G_r in the first, fourth and seventh: 3 · 9 retain and 7 · 2 · 6 forget passes."""
+    _, outcome = run(memorised, NEVER, steps=7, retain_every=3, scale_max=0.1, bisections=0)
+    assert len(outcome.history) == 8 and outcome.passes == 3 * 9 + 7 * 12
+
+
+def test_momentum_and_reuse_change_the_second_round_only(memorised: Any) -> None:
+    """One round is the same with and without; the second one differs, and differs between the two."""
+    results = []
+    for steps in (1, 2):
+        for more in ({}, {"retain_momentum": 0.5}, {"retain_every": 2}):
+            task, _ = run(memorised, NEVER, steps=steps, bisections=0, **more)
+            results.append(torch.cat([w.reshape(-1) for w in task.weights().values()]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert not torch.equal(results[3], results[4]) and not torch.equal(results[4], results[5])
+
+
+@pytest.mark.parametrize("stored_in", [torch.float32, torch.bfloat16])
+def test_negation_in_place(stored_in: torch.dtype, memorised: Any) -> None:
+    """θ − λ·τ with two roundings as numpy makes them, then the stored precision; θ and τ stay as they were."""
+    task = task_of(memorised, stored=stored_in)
+    generator = torch.Generator().manual_seed(0)
+    theta = task.copy_weights()
+    tau = {n: torch.randn(w.shape, generator=generator) for n, w in theta.items()}
+    kept = {n: (theta[n].clone(), tau[n].clone()) for n in theta}
+    task.set_weights(theta, tau, 0.3)
+    for name, w in task.weights().items():
+        expected = theta[name].numpy() - np.float32(0.3) * tau[name].numpy()
+        assert torch.equal(w, torch.tensor(expected).to(stored_in).float())
+        assert torch.equal(theta[name], kept[name][0]) and torch.equal(tau[name], kept[name][1])
+
+
+def test_the_retain_gradient_in_small_batches_is_the_same(memorised: Any) -> None:
+    """Batches of five instead of one of twelve: the same mean, up to the rounding of sums."""
+    whole = mean_gradient(memorised.model(), memorised.retain, range(12))
+    parts = mean_gradient(memorised.model(), memorised.retain, range(12), max_records=5)
+    largest = max(float(g.abs().max()) for g in whole.values())
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preset": "rounds", "ternary_share": 0.3, "retain_momentum": 0.5}, "does not go with ternary_share"),
+        ({"preset": "reference", "ternary_share": 0.3}, "does not go with retain_gradient 'paired'"),
+        ({"preset": "rounds", "ternary_share": 0.0}, "greater than 0"),
+        ({"preset": "rounds", "ternary_gain": 1.0}, "greater than 1"),
+        ({"preset": "rounds", "retain_momentum": 1.0}, "less than 1"),
+        ({"preset": "rounds", "gradient_dtype": "fp16"}, "Input should be 'fp32' or 'bf16'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        AlknParams.model_validate(values)
+
+
+@pytest.mark.parametrize("more", [{"gradient_dtype": "bf16"}, {"ternary_share": 0.5}])
+def test_a_single_negation_takes_them_too(more: dict[str, Any], memorised: Any) -> None:
+    """``paper`` with a G_r in fewer bytes: the same passes, a mask of about the same size, another one."""
+    plain, small = task_of(memorised, NEVER), task_of(memorised, NEVER)
+    a = alkn(plain, AlknParams(preset="paper", lr=1e-3))
+    b = alkn(small, AlknParams.model_validate({"preset": "paper", "lr": 1e-3} | more))
+    masks = [torch.cat([t.reshape(-1) for t in o.state.values()]) for o in (a, b)]
+    assert a.passes == b.passes and not torch.equal(*masks)
+    share = [float(m.double().mean()) for m in masks]
+    assert share[1] == pytest.approx(share[0], abs=0.25)
