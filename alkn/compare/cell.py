@@ -1,0 +1,259 @@
+"""One cell of a comparison: a whole chain with one method and one seed, in a project folder of its own.
+
+The chain is made by the functions that ``alkn run`` uses, without DVC, and it goes on whatever the gates
+say: a method that wrecks the model, or does not reach the target, is compared like any other. Sealed steps
+decide what is left to do, so a cell that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from alkn import chain
+from alkn.compare.config import Cell, Comparison
+from alkn.compare.final import make_references, measure_final
+from alkn.core.scoring import Progress
+from alkn.encoding import Encoder
+from alkn.errors import ChainBroken, InputError, TrainingDiverged
+from alkn.evaluation import evaluate_model
+from alkn.files import digest_of, digest_of_value, read_json, read_jsonl, remove, write_json, write_yaml
+from alkn.manifest import code_version, outputs_hold, read_manifest
+from alkn.models import context_length, load_model, load_tokenizer
+from alkn.project import Project, Step
+from alkn.records import Plan
+from alkn.requests.ledger import BASE, Ledger, save_ledger
+from alkn.runtime import Runtime
+from alkn.settings import Evaluation, Settings, load_settings
+from alkn.step import evaluate_step, gate_step, plan_step, unlearn_step
+
+Tell = Callable[[str, str, int, int], None]
+"""Told about progress: the request (or ``base``, ``final``), what is done to it, how far, of how many."""
+
+AHEAD = Evaluation(metrics=("probability", "exact_memorization"), generate=())
+LOCK_TIMEOUT_S = 60
+"""A worker whose parent was killed ends by itself; the next one waits so long for its lock."""
+
+
+def ground_of(folder: Path, seed: int) -> Project:
+    """The project that holds a seed's splits and base model, shared by the seed's cells."""
+    return Project(folder.resolve() / "base" / f"seed{seed}")
+
+
+def project_of(folder: Path, cell: Cell) -> Project:
+    """The project of a cell."""
+    return Project(folder.resolve() / "cells" / cell.name)
+
+
+def state_file(project: Project) -> Path:
+    """What a cell says of itself once it is over: written last."""
+    return project.root / "cell.json"
+
+
+def requests_of(ground: Project) -> list[str]:
+    """The benchmark's requests in order; numbers in their names count as numbers."""
+
+    def natural(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+    return sorted((path.stem for path in (ground.splits / "forget").glob("*.jsonl")), key=natural)
+
+
+def make_ground(folder: Path, comparison: Comparison, seed: int, tell: Tell) -> None:
+    """Make a seed's splits, base model and references where they are missing or belong to other settings.
+
+    Raises:
+        AlknError: if the base model does not know what it was trained on.
+        InputError: if the benchmark has no requests.
+    """
+    ground, settings = ground_of(folder, seed), comparison.ground_settings(seed)
+    with _locked(ground):
+        if not ground.ledger.is_file():
+            save_ledger(ground, Ledger())
+        chain.prepare_data(ground, settings)
+        if not requests_of(ground):
+            raise InputError(f"benchmark {getattr(settings.benchmark, 'name', '')!r} has no requests to compare on")
+        chain.prepare_base(ground, settings, progress=_telling(tell, BASE))
+        make_references(ground, settings, comparison, requests_of(ground), _telling(tell, BASE))
+
+
+def ground_is_made(folder: Path, comparison: Comparison, seed: int) -> bool:
+    """Whether a seed's splits and base model are there and belong to these settings."""
+    ground, settings = ground_of(folder, seed), comparison.ground_settings(seed)
+    manifest = read_manifest(ground.base)
+    if manifest is None or not ground.base.params.is_file() or not ground.data_params.is_file():
+        return False
+    made = load_settings(ground.data_params).of_data() | load_settings(ground.base.params).of_base()
+    wanted = _ground_settings(settings)
+    return {name: made[name] for name in wanted} == wanted and outputs_hold(ground.base, manifest)
+
+
+def _ground_settings(settings: Settings) -> dict[str, Any]:
+    """What decides splits and base model; its evaluation and the machine's part do not."""
+    every = settings.of_data() | settings.of_base()
+    return {name: every[name] for name in ("seed", "benchmark", "data", "base")}
+
+
+def run_cell(folder: Path, comparison: Comparison, cell: Cell, tell: Tell) -> Mapping[str, Any]:
+    """Make what is missing of a cell.
+
+    Returns:
+        The content of its ``cell.json``: ``state`` is ``done``, or ``diverged`` with the reason.
+
+    Raises:
+        AlknError: if something else than the method's own arithmetic went wrong.
+    """
+    project, settings = project_of(folder, cell), comparison.cell_settings(cell)
+    ground = ground_of(folder, cell.seed)
+    with _locked(project):
+        requests, key = requests_of(ground), key_of(ground, settings)
+        known = _known_state(project, key)
+        if known is None:
+            remove(state_file(project))
+            _link_ground(folder, project, ground, settings)
+            known = _chain(project, settings, requests, tell)
+        if known["state"] == "done":
+            measure_final(project, ground, settings, comparison, requests, _telling(tell, "final"))
+        state = {"key": key, **known}
+        write_json(state_file(project), state)
+        if known["state"] == "done" and comparison.keep == "last":
+            _forget_models(project, requests[:-1])
+        return state
+
+
+def key_of(ground: Project, settings: Settings) -> str:
+    """What a cell rests on: settings of its steps, base model, data, chain. Another key: another cell.
+
+    Raises:
+        ChainBroken: if the base model is not made yet.
+    """
+    base = read_manifest(ground.base)
+    if base is None:
+        raise ChainBroken(f"{ground.root.name}: the base model of this seed is not there")
+    return digest_of_value(
+        {
+            "settings": settings.of_step(), "ground": _ground_settings(settings), "base": base["outputs"],
+            "data": base["inputs"].get("splits"), "requests": requests_of(ground),
+        }
+    )  # fmt: skip
+
+
+def _known_state(project: Project, key: str) -> dict[str, Any] | None:
+    """How the cell ended, if it did with these settings; a divergence is tried again by other code only."""
+    path = state_file(project)
+    if not path.is_file():
+        return None
+    state = dict(read_json(path))
+    if state.pop("key") != key or state.get("code", code_version()["digest"]) != code_version()["digest"]:
+        return None
+    for request in state["requests"][: state["steps"]]:
+        step = project.step(request)
+        manifest = read_manifest(step)
+        if manifest is None or not all(
+            (step.folder / name).is_file() and digest_of(step.folder / name) == manifest["outputs"][name]
+            for name in ("unlearning.json", "evaluation.json", "gate.json")
+        ):
+            return None
+    return state
+
+
+def _link_ground(folder: Path, project: Project, ground: Project, settings: Settings) -> None:
+    """Splits, requests, base model and key are the seed's; the cell links them, so that the folder can be moved."""
+    links = {
+        project.splits: ground.splits,
+        project.root / "data" / "requests": ground.splits / "forget",
+        project.base.folder: ground.base.folder,
+        project.private / "key": Project(folder.resolve()).private / "key",
+    }
+    for link, target in links.items():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        remove(link)
+        link.symlink_to(os.path.relpath(target, link.parent), target_is_directory=target.is_dir())
+    write_yaml(project.params, settings.model_dump(mode="json"))
+
+
+def _chain(project: Project, settings: Settings, requests: list[str], tell: Tell) -> dict[str, Any]:
+    """All requests in order, each from the model that the one before left."""
+    previous, limits = BASE, None
+    for number, request in enumerate(requests):
+        write_yaml(project.step(request).params, settings.of_step())
+        plan = plan_step(project, request, previous=previous, earlier=tuple(requests[:number]), settings=settings)
+        limits = {"p": plan.limits.p, "exact_memorization": plan.limits.exact_memorization}
+        try:
+            _step(project, plan, requests[number + 1 :], _telling(tell, request))
+        except TrainingDiverged as error:
+            return {
+                "state": "diverged", "reason": f"{request}: {error}", "requests": requests, "steps": number,
+                "limits": limits, "code": code_version()["digest"],
+            }  # fmt: skip
+        previous = request
+    return {"state": "done", "requests": requests, "steps": len(requests), "limits": limits}
+
+
+def _step(project: Project, plan: Plan, ahead: list[str], progress: Progress) -> None:
+    """One request, unless its step is sealed with the same inputs."""
+    step = project.step(plan.request)
+    manifest = read_manifest(step)
+    if manifest is not None and manifest["inputs"] == dict(plan.inputs) and outputs_hold(step, manifest):
+        return
+    remove(step.manifest)
+    unlearned = unlearn_step(project, plan, progress=progress)
+    seconds = _unlearning_seconds(step, unlearned.seconds)
+    started = time.monotonic()
+    evaluate_step(project, plan, progress=progress)
+    _measure_ahead(project, plan, ahead, progress)
+    seconds["evaluate"] = time.monotonic() - started
+    gate_step(project, plan, unlearned, seconds=seconds)
+
+
+def _unlearning_seconds(step: Step, seconds: float) -> dict[str, float]:
+    """How long the unlearning took, also where an earlier process did it; empty if nobody wrote it down."""
+    path, report = step.folder / "seconds.json", digest_of(step.unlearning)
+    if seconds > 0:
+        write_json(path, {"unlearning": report, "seconds": seconds})
+    elif not path.is_file() or read_json(path)["unlearning"] != report:
+        return {}
+    return {"unlearn": float(read_json(path)["seconds"])}
+
+
+def _measure_ahead(project: Project, plan: Plan, ahead: list[str], progress: Progress) -> None:
+    """P of the requests still to come, under the step's model: what a step takes away unasked."""
+    step = project.step(plan.request)
+    path, remote = step.model, plan.settings.base.trust_remote_code
+    tokenizer = load_tokenizer(path, trust_remote_code=remote)
+    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(path, trust_remote_code=remote))
+    model = load_model(path, device=Runtime(plan.settings.run).device, trust_remote_code=remote)
+    sets = [encoder.record_set(name, read_jsonl(project.request(name))) for name in ahead]
+    metrics = evaluate_model(model, sets, encoder, AHEAD, eos=tokenizer.eos_token_id, progress=progress)
+    write_json(ahead_file(step), metrics["sets"])
+
+
+def ahead_file(step: Step) -> Path:
+    """P and exact memorization of the requests still to come."""
+    return step.folder / "ahead.json"
+
+
+def _forget_models(project: Project, requests: list[str]) -> None:
+    """Remove models and vectors of all steps but the last; their numbers and digests stay."""
+    for request in requests:
+        step = project.step(request)
+        for path in (step.model, step.task_vector, step.state):
+            remove(path)
+
+
+def _locked(project: Project) -> FileLock:
+    project.private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return FileLock(project.private / "cell.lock", timeout=LOCK_TIMEOUT_S)
+
+
+def _telling(tell: Tell, request: str) -> Progress:
+    def progress(what: str, done: int, total: int) -> None:
+        tell(request, what, done, total)
+
+    return progress

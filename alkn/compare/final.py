@@ -1,0 +1,89 @@
+"""What is measured once a cell's chain is over: attacks on the last model, and how it compares with honest ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alkn import registry
+from alkn.compare.config import Comparison
+from alkn.core.scoring import Progress, no_progress
+from alkn.encoding import Encoder
+from alkn.files import read_json, write_json
+from alkn.final import final_report
+from alkn.manifest import check_step
+from alkn.models import context_length, load_model, load_tokenizer
+from alkn.project import Project
+from alkn.record_sets import by_domain, load_split
+from alkn.reference import Reference, make_reference, reference_ratios, request_records
+from alkn.runtime import Runtime
+from alkn.settings import Settings
+
+
+def final_file(project: Project) -> Path:
+    """The numbers of a cell's last model, with what they rest on."""
+    return project.root / "final.json"
+
+
+def wanted_of(comparison: Comparison) -> dict[str, Any]:
+    """What is asked for, defaults included: the attacks with their budgets, and the seeds of the references."""
+    attacks = {
+        name: registry.attacks[name].params.model_validate(values).model_dump(mode="json")
+        for name, values in comparison.attacks.items()
+    }
+    return {"attacks": attacks, "references": list(comparison.references)}
+
+
+def make_references(
+    ground: Project,
+    settings: Settings,
+    comparison: Comparison,
+    requests: Sequence[str],
+    progress: Progress = no_progress,
+) -> list[Reference]:
+    """The seed's reference models, made where they are missing; trained without any request of the chain."""
+    return [
+        make_reference(ground, settings, without=requests, seed=seed, progress=progress)
+        for seed in comparison.references
+    ]
+
+
+def measure_final(
+    project: Project, ground: Project, settings: Settings, comparison: Comparison, requests: list[str],
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Write final.json, unless it belongs to this model and to what is asked for already.
+
+    Args:
+        project: a cell whose chain is over.
+        ground: the seed's project, which holds the references.
+        settings: of the cell's steps.
+        comparison: says what is asked for.
+        requests: the cell's chain.
+        progress: told about every attack's steps.
+    """
+    wanted = wanted_of(comparison)
+    if not any(wanted.values()):
+        return
+    last = project.step(requests[-1])
+    inputs = {"model": check_step(last)["outputs"]["model"], **wanted}
+    path = final_file(project)
+    if path.is_file() and read_json(path)["inputs"] == inputs:
+        return
+    runtime, remote = Runtime(settings.run), settings.base.trust_remote_code
+    tokenizer = load_tokenizer(last.model, trust_remote_code=remote)
+    encoder = Encoder(tokenizer, settings.data, context=context_length(last.model, trust_remote_code=remote))
+    records = {name: request_records(project, name) for name in requests}
+    made = make_references(ground, settings, comparison, requests)
+    report = final_report(
+        load_model(last.model, device=runtime.device, trust_remote_code=remote),
+        {name: encoder.record_set(name, rows) for name, rows in records.items()},
+        {reference.digest: reference_ratios(reference, records, settings) for reference in made},
+        utility={
+            name: encoder.record_set(name, rows) for name, rows in by_domain(load_split(project, "utility")).items()
+        },
+        attacks=comparison.attacks,
+        progress=progress,
+    )
+    write_json(path, {"inputs": inputs, **report})

@@ -1,0 +1,171 @@
+"""``alkn compare``: methods side by side, each a whole chain for every seed, in parallel processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from prefect import flow
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+
+from alkn.compare.cell import ground_is_made
+from alkn.compare.config import Cell, Comparison, Entry, load_comparison
+from alkn.compare.report import table_rows, write_report
+from alkn.compare.results import CellResult, choose, collect, is_complete, read_cell
+from alkn.errors import ChainBusy
+from alkn.files import write_bytes
+from alkn.project import Project
+from tasks.compare import log_cell, make_base, make_cell, report
+from tasks.comparison_progress import cell_bars
+
+FLOW = "compare"
+
+
+@flow(name=FLOW, persist_result=False)
+def compare(config: str, folder: str, workers: int | None = None, only: list[str] | None = None) -> dict[str, Any]:
+    """Make what is missing of a comparison, and its report.
+
+    Args:
+        config: settings of the comparison, see docs/COMPARE.md.
+        folder: where everything goes; what lies there already is gone on with.
+        workers: cells at a time; default: the settings', else what the machine has.
+        only: labels of methods; the others are left as they are.
+
+    Returns:
+        ``rows`` of the table, and ``failed``: cell -> why it could not be made.
+
+    Raises:
+        InputError: if the settings are wrong, or another process works in the folder.
+    """
+    comparison = load_comparison(Path(config))
+    entries, root = comparison.only(only or ()), Path(folder).resolve()
+    runner = task_runner(comparison, workers)
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root):
+        Project(root).key(create=True)
+        frozen = root / "compare.yaml"
+        write_bytes(frozen, Path(config).read_bytes())
+        failed = make_cells.with_options(task_runner=runner)(str(root), str(frozen), comparison, entries)
+        results = report(str(root), comparison)
+    return {"rows": table_rows(results), "failed": failed}
+
+
+@flow(name="compare-cells", persist_result=False, validate_parameters=False)
+def make_cells(folder: str, config: str, comparison: Comparison, entries: Sequence[Entry]) -> dict[str, str]:
+    """Base models, then cells; where a sweep is over, its best values on the other seeds.
+
+    Returns:
+        Cell -> why it could not be made.
+    """
+    work = Work(folder, config, comparison)
+    # Sweeps first: others wait for what they choose.
+    order = sorted(entries, key=lambda entry: not entry.sweep)
+    first = {entry.label: [work.start(cell) for cell in comparison.first_cells(entry)] for entry in order}
+    with cell_bars(Path(folder)):
+        later: list[Started] = []
+        for entry in order:
+            results = work.finish(first[entry.label])
+            over = [result for result in results if result is not None]
+            if entry.sweep and len(over) == len(results):
+                best = choose(over, comparison.choose_by).cell.variant
+                later += [work.start(cell) for cell in comparison.later_cells(entry, best)]
+        work.finish(later)
+    return work.failed
+
+
+Started = tuple[Cell, "PrefectFuture[str] | None"]
+
+
+class Work:
+    """The tasks of one run: bases as soon as a cell needs one, cells that are not over yet.
+
+    Args:
+        folder: of the comparison.
+        config: its settings, frozen.
+        comparison: the same, read.
+
+    Attributes:
+        failed: cell -> why it could not be made.
+    """
+
+    def __init__(self, folder: str, config: str, comparison: Comparison) -> None:
+        self._folder, self._config, self._comparison = folder, config, comparison
+        self._bases: dict[int, PrefectFuture[str] | str] = {}
+        self.failed: dict[str, str] = {}
+
+    def start(self, cell: Cell) -> Started:
+        """Submit a cell, unless nothing of it is left to make."""
+        base = self._base(cell.seed)
+        if base == "" and is_complete(self._result(cell), self._comparison):
+            return cell, None
+        named = make_cell.with_options(task_run_name=cell.title)
+        return cell, named.submit(self._folder, self._config, cell, base)  # type: ignore[arg-type]
+
+    def finish(self, started: Sequence[Started]) -> list[CellResult | None]:
+        """Wait for cells; log each, and bring the table up to date."""
+        results: list[CellResult | None] = []
+        for cell, future in started:
+            reason = "" if future is None else future.result()
+            if reason:
+                self.failed[cell.title] = reason
+                results.append(None)
+                continue
+            log_cell(self._folder, self._comparison, cell)
+            results.append(self._result(cell))
+            if future is not None:
+                so_far = collect(Path(self._folder), self._comparison)
+                write_report(Path(self._folder), self._comparison, so_far, pictures=False)
+        return results
+
+    def _base(self, seed: int) -> PrefectFuture[str] | str:
+        """What a cell waits for: the seed's base model being made, or nothing."""
+        if seed not in self._bases:
+            made = ground_is_made(Path(self._folder), self._comparison, seed)
+            self._bases[seed] = "" if made else make_base.submit(self._folder, self._config, seed)
+        return self._bases[seed]
+
+    def _result(self, cell: Cell) -> CellResult | None:
+        return read_cell(Path(self._folder), self._comparison, cell)
+
+
+def task_runner(comparison: Comparison, workers: int | None) -> TaskRunner[Any]:
+    """The Prefect task runner that the settings ask for."""
+    count = workers or comparison.workers or _places(comparison)
+    if comparison.runner == "dask":
+        from prefect_dask import DaskTaskRunner
+
+        runner: TaskRunner[Any] = DaskTaskRunner(cluster_kwargs={"n_workers": count, "threads_per_worker": 1})
+        return runner
+    if comparison.runner == "ray":
+        from prefect_ray import RayTaskRunner
+
+        runner = RayTaskRunner(init_kwargs={"num_cpus": count})
+        return runner
+    return ThreadPoolTaskRunner(max_workers=count)
+
+
+def _places(comparison: Comparison) -> int:
+    """As many cells at a time as there are GPUs, or groups of ``run.threads`` cores."""
+    import torch
+
+    run = comparison.ground_settings(comparison.seeds[0]).run
+    if run.device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // run.threads)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    project = Project(folder)
+    project.private.mkdir(mode=0o700, exist_ok=True)
+    try:
+        with FileLock(project.private / "compare.lock", timeout=0):
+            yield
+    except Timeout:
+        raise ChainBusy(f"{folder}: another 'alkn compare' is at work in this folder; wait until it ends") from None
