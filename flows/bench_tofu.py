@@ -50,7 +50,7 @@ def table(folder: Path) -> str:
     project = Project.at(folder)
     ledger = load_ledger(project)
     lines = [
-        "| after | verdict | P | exact mem. | half drawn on | half never drawn on | rounds | passes | seconds |",
+        "| after | verdict | P | exact mem. | half drawn on | half never drawn on | steps | passes | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in chain_rows(project, ledger):
@@ -61,7 +61,7 @@ def table(folder: Path) -> str:
         )
         lines.append(
             f"| {row['request']} | {row['verdict']} | {row['p_after']:.4f} | {row['em_after']:.3f} | {drawn} |"
-            f" **{never}** | {row['rounds']} | {row['passes']:,} | {row['seconds']:.0f} |"
+            f" **{never}** | {row['steps']} | {row['passes']:,} | {row['seconds']:.0f} |"
         )
     rows = [row for row in chain_rows(project, ledger) if "passes" in row]
     lines.append(f"| all | | | | | | | {sum(r['passes'] for r in rows):,} | {sum(r['seconds'] for r in rows):.0f} |")
