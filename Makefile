@@ -6,7 +6,7 @@ QUIET := DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TE
 export ALKN_DATA ?= $(wildcard $(abspath ../shared/data))
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint bench-tofu clean distclean
+.PHONY: help install demo test lint bench bench-tofu bench-speed clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -35,8 +35,14 @@ lint: install  ## Lint and types only
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
+bench: install  ## All methods over TOFU, three seeds, into docs/RESULTS.md; hours, may be stopped and goes on
+	@PATH="$(CURDIR)/$(BIN):$$PATH" alkn compare configs/compare_tofu.yaml --folder .bench/tofu --page docs/RESULTS.md
+
 bench-tofu: install  ## The TOFU protocol of docs/EXPERIMENTS.md, next to the published numbers
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m flows.bench_tofu
+
+bench-speed: install  ## Speed, memory and cost as ratios measured in one run (docs/PERFORMANCE.md)
+	$(BIN)/python -m flows.bench_speed
 
 clean:  ## Back to the three pending requests
 	git checkout --quiet -- data/ledger.yaml

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Generator, nn
+from transformers import PreTrainedTokenizerBase
 
 from alkn.core.scoring import Example, Progress, no_progress
 from alkn.core.training import Hyperparameters, answer_loss, cosine, fine_tune, steps_of
@@ -27,7 +29,7 @@ from alkn.models import (
     train_tokenizer,
 )
 from alkn.project import Project
-from alkn.record_sets import by_domain, generic_text, known_records, load_split
+from alkn.record_sets import Records, by_domain, generic_text, known_records, load_split
 from alkn.requests.schema import form_of
 from alkn.runtime import Runtime
 from alkn.settings import Data, Settings
@@ -61,7 +63,7 @@ def make_base(project: Project, settings: Settings, *, progress: Progress = no_p
     if settings.base.model is None:
         trained = _train(project, settings, runtime, progress)
     else:
-        _link(base.model, Path(settings.base.model).expanduser())
+        _link(base.model, project.root / Path(settings.base.model).expanduser())
         trained = {}
     metrics = _evaluate(project, settings, runtime, progress)
     _check_level(metrics, settings)
@@ -77,23 +79,75 @@ def make_base(project: Project, settings: Settings, *, progress: Progress = no_p
 
 
 def _train(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> dict[str, Any]:
-    retain, utility, known = load_split(project, "retain"), load_split(project, "utility"), known_records(project)
+    retain, architecture = load_split(project, "retain"), settings.base.architecture
     if not retain:
         raise InputError("base.model: null: there is nothing to train a base model on; give a model or a benchmark")
-    plan, architecture = settings.base.training, settings.base.architecture
     # The vocabulary is trained without the forget records: a vocabulary remembers names.
     texts = [text for record in retain for text in written(record, settings.data)] + generic_text(project)
     tokenizer = train_tokenizer(texts, vocab_size=architecture.vocab_size)
     encoder = Encoder(tokenizer, settings.data, context=architecture.context)
     examples: list[Example] = []
-    for name, records in {"retain": retain, "utility": utility, **known}.items():
+    for name, records in trained_on(project).items():
         examples += encoder.examples(name, records)
+    model = train_new(
+        tokenizer,
+        examples,
+        settings,
+        runtime,
+        weights_seed=settings.seed,
+        order_seed=seed_of(settings.seed, "base"),
+        epochs=settings.base.training.epochs,
+        progress=progress,
+        label="train base",
+    )
+    write_via(project.base.model, lambda path: save_model(model.cpu(), tokenizer, path))
+    return {"records": len(examples), "parameters": sum(p.numel() for p in model.parameters())}
+
+
+def trained_on(project: Project) -> dict[str, Records]:
+    """The records that a base model is trained on here, by split and by request of the benchmark."""
+    return {
+        "retain": load_split(project, "retain"),
+        "utility": load_split(project, "utility"),
+        **known_records(project),
+    }
+
+
+def train_new(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    settings: Settings,
+    runtime: Runtime,
+    *,
+    weights_seed: int,
+    order_seed: int,
+    epochs: int,
+    progress: Progress = no_progress,
+    label: str = "train",
+) -> nn.Module:
+    """A new model of ``base.architecture``, trained by ``base.training`` on ``examples`` for ``epochs`` passes.
+
+    Args:
+        tokenizer: of the examples.
+        examples: encoded records.
+        settings: architecture and schedule.
+        runtime: where the arithmetic runs.
+        weights_seed: of the first weights.
+        order_seed: of the batches.
+        epochs: passes over the examples; the learning rate falls over all of them.
+        progress: told about every step.
+        label: what the progress shows.
+
+    Raises:
+        TrainingDiverged: when a loss is not finite.
+    """
+    plan = settings.base.training
     hp = Hyperparameters(
-        lr=plan.lr, epochs=plan.epochs, batch_size=plan.batch_size, weight_decay=plan.weight_decay,
+        lr=plan.lr, epochs=epochs, batch_size=plan.batch_size, weight_decay=plan.weight_decay,
         betas=(0.9, 0.95), clip=1.0,
     )  # fmt: skip
     model: nn.Module = new_model(
-        architecture, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, seed=settings.seed
+        settings.base.architecture, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, seed=weights_seed
     ).to(runtime.device)
     total = steps_of(len(examples), hp)
     fine_tune(
@@ -101,14 +155,13 @@ def _train(project: Project, settings: Settings, runtime: Runtime, progress: Pro
         examples,
         hp,
         loss=answer_loss(),
-        generator=Generator().manual_seed(seed_of(settings.seed, "base")),
+        generator=Generator().manual_seed(order_seed),
         scheduler=lambda optimizer: cosine(optimizer, warmup=plan.warmup, total=total, floor=plan.floor),
         autocast=runtime.autocast,
         progress=progress,
-        label="train base",
+        label=label,
     )
-    write_via(project.base.model, lambda path: save_model(model.cpu(), tokenizer, path))
-    return {"records": len(examples), "parameters": sum(p.numel() for p in model.parameters())}
+    return model
 
 
 def _link(link: Path, target: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from alkn.base import make_base
+from alkn.core.distributed import is_main, wait
 from alkn.core.scoring import Progress, no_progress
 from alkn.errors import InputError
 from alkn.estimate import check_disk
@@ -22,6 +23,7 @@ from alkn.project import Project
 from alkn.record_sets import build_splits
 from alkn.records import Plan
 from alkn.requests.ledger import BASE, Ledger, load_ledger
+from alkn.runtime import Runtime
 from alkn.settings import Settings
 from alkn.step import plan_step
 
@@ -33,10 +35,23 @@ def prepare_data(project: Project, settings: Settings) -> bool:
         Whether they were built.
 
     Raises:
-        InputError: if the settings of the data changed under a chain that rests on them.
+        InputError: if the settings of the data changed under a chain that rests on them, or if a benchmark is
+            named where the splits are the user's own files, or none where a benchmark made them.
     """
     frozen = _frozen(project.data_params)
-    if settings.benchmark is None or (project.splits.is_dir() and frozen == settings.of_data()):
+    if settings.benchmark is None:
+        if frozen is not None:
+            raise InputError(
+                f"params.yaml: benchmark: data/splits were made by {frozen['benchmark']['name']!r}, and none is named:"
+                " restore it, or start a project of its own with 'alkn init'"
+            )
+        return False
+    if project.splits.with_name(f"{project.splits.name}.dvc").is_file():
+        raise InputError(
+            "params.yaml: benchmark: data/splits are this project's own files, and a benchmark would replace them:"
+            " remove the key, or start a project of its own with 'alkn init'"
+        )
+    if project.splits.is_dir() and frozen == settings.of_data():
         return False
     if frozen is not None and frozen != settings.of_data():
         _refuse_under_chain(project, "data/splits", "seed or benchmark")
@@ -83,6 +98,28 @@ def begin_step(project: Project, request_id: str, settings: Settings) -> Plan:
     ledger = load_ledger(project)
     write_yaml(project.step(request_id).params, settings.of_step())
     return plan_step(project, request_id, previous=ledger.newest, earlier=tuple(ledger.accepted), settings=settings)
+
+
+def begin_together(project: Project, request_id: str, settings: Settings) -> tuple[str, tuple[str, ...]]:
+    """Begin the first pending request's step in all processes that were started together; the first one writes.
+
+    Returns:
+        The step it starts from, and all accepted ones before it, oldest first.
+
+    Raises:
+        InputError: if another request comes before it, its records are not in place, or the disk cannot hold the step.
+    """
+    ledger = load_ledger(project)
+    first = next(iter(ledger.pending))
+    if first != request_id:
+        raise InputError(f"request {request_id!r}: {first!r} comes before it, and a step starts from the one before")
+    if ledger.entry(request_id).digest is None:
+        raise InputError(f"request {request_id!r}: its records are not in place yet; 'alkn run' makes this one")
+    Runtime(settings.run)
+    if is_main():
+        begin_step(project, request_id, settings)
+    wait()
+    return ledger.newest, tuple(ledger.accepted)
 
 
 def place_in_chain(ledger: Ledger, request_id: str) -> tuple[str, tuple[str, ...]]:

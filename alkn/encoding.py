@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alkn.core.probe import RecordSet
@@ -61,6 +62,10 @@ class Encoder:
         """Only the examples of a set; see :meth:`record_set`."""
         return self.record_set(name, records).examples
 
+    def answer(self, text: str) -> Tensor:
+        """Token ids of an answer alone, as it stands after a question: a space before it, end of sequence after it."""
+        return torch.tensor(self._completion(" " + text))
+
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
@@ -87,8 +92,10 @@ class Encoder:
 
     def _pair(self, prompt: str, completion: str) -> Example:
         head = self._ids(prompt, special=True) or [self._tokenizer.eos_token_id]
-        tail = [*self._ids(completion), self._tokenizer.eos_token_id]
-        return Example(torch.tensor(head + tail), len(head))
+        return Example(torch.tensor(head + self._completion(completion)), len(head))
+
+    def _completion(self, text: str) -> list[int]:
+        return [*self._ids(text), self._tokenizer.eos_token_id]
 
     def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[Example, str]:
         if self._tokenizer.chat_template is None:

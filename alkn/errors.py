@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class AlknError(Exception):
     """Base of the errors that the command line prints as one message, without a traceback."""
@@ -23,5 +26,29 @@ class ChainBroken(AlknError):
     """A file of the chain does not match the digest that its manifest holds."""
 
 
+class RequestsRejected(AlknError):
+    """A run is over, everything is recorded, and a gate rejected some of its requests.
+
+    Args:
+        decided: one row a request that was decided: ``request``, ``accepted``, ``reason``.
+    """
+
+    def __init__(self, decided: list[dict[str, Any]]) -> None:
+        self.decided = decided
+        super().__init__(f"rejected: {', '.join(row['request'] for row in decided if not row['accepted'])}")
+
+
 class TrainingDiverged(AlknError):
     """A loss or a weight stopped being a finite number."""
+
+
+class WrongKeys(ValueError):
+    """Several keys of a section are wrong; raised by a validator, told a line each by :func:`alkn.settings.explain`.
+
+    Args:
+        faults: (key below the section, what is wrong with it); an empty key is the section itself.
+    """
+
+    def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
+        self.faults = list(faults)
+        super().__init__("; ".join(f"{key}: {fault}" if key else fault for key, fault in self.faults))

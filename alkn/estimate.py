@@ -24,6 +24,8 @@ FIRST_GUESS_PASSES = 60
 """Record passes a forget record where the chain has no step to learn from (docs/EXPERIMENTS.md)."""
 COPIES = 8
 """float32 copies of the weights at the peak: model, θ, gradient, G_r, two moments, step, mask."""
+ADAPTED_COPIES = 3
+"""The same where adapters are trained: model, θ_{t-1}, merged layers."""
 
 STEP_SIZE = 5
 """Models that a step takes on disk: model and task vector, both again in DVC's cache, the vector in MLflow."""
@@ -54,7 +56,8 @@ def estimate(project: Project, settings: Settings, ledger: Ledger) -> Estimate:
     count = len(ledger.pending)
     records = sum(entry.records for entry in ledger.pending.values())
     seconds, source = _seconds(project, settings, ledger, records)
-    return Estimate(seconds, COPIES * size, count * STEP_SIZE * size, free_bytes(project.root), source)
+    copies = COPIES if settings.lora.rank is None else ADAPTED_COPIES
+    return Estimate(seconds, copies * size, count * STEP_SIZE * size, free_bytes(project.root), source)
 
 
 def check_disk(project: Project) -> None:
@@ -81,7 +84,7 @@ def _model_bytes(project: Project, settings: Settings) -> int:
     if project.base.model.exists():
         return size_of(project.base.model)
     if settings.base.model is not None:
-        return size_of(Path(settings.base.model).expanduser())
+        return size_of(project.root / Path(settings.base.model).expanduser())
     a = settings.base.architecture
     return 4 * (a.vocab_size * a.hidden_size + a.layers * a.hidden_size * (4 * a.hidden_size + 3 * a.intermediate_size))
 

@@ -12,6 +12,7 @@ from alkn.files import read_jsonl, write_bytes, write_jsonl, write_via
 from alkn.project import Project
 from alkn.requests.schema import validate_rows
 from alkn.settings import Settings
+from alkn.splits import FileParams
 
 Records = list[dict[str, Any]]
 SPLITS = ("retain", "utility", "holdout")
@@ -27,8 +28,10 @@ def build_splits(project: Project, settings: Settings) -> None:
         raise InputError(
             "params.yaml: benchmark: this project's splits are files of its own; there is nothing to build"
         )
-    entry = registry.benchmarks[settings.benchmark.name]
-    splits = entry.call(settings.benchmark.params, seed=settings.seed)
+    entry, params = registry.benchmarks[settings.benchmark.name], settings.benchmark.params
+    if isinstance(params, FileParams):
+        params = params.under(project.root)
+    splits = entry.call(params, seed=settings.seed)
 
     def write(folder: Path) -> None:
         for name in SPLITS:

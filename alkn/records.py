@@ -38,7 +38,7 @@ class Unlearned:
     Attributes:
         reached: whether its stop rule was met.
         before, after: P and exact memorization of the forget set in memory.
-        rounds: rounds it took.
+        steps: optimizer steps it took, or rounds of a method that works in rounds.
         passes: record passes spent on gradients.
         seconds: wall time; 0 if the work was found done.
     """
@@ -46,7 +46,7 @@ class Unlearned:
     reached: bool
     before: Mapping[str, float]
     after: Mapping[str, float]
-    rounds: int
+    steps: int
     passes: int
     seconds: float
 

@@ -9,12 +9,15 @@ from contextlib import AbstractContextManager
 import torch
 from accelerate import Accelerator
 
+from alkn.core.distributed import processes
 from alkn.errors import InputError
 from alkn.settings import Run
 
 
 class Runtime:
     """Where the arithmetic runs. Making one fixes threads, determinism and denormals for the process.
+
+    Under ``accelerate launch`` or ``torchrun`` it also joins the other processes.
 
     Args:
         run: settings.
@@ -25,11 +28,11 @@ class Runtime:
     Attributes:
         device: the device that models are put on.
         autocast: context of a forward pass in training; bf16 where the settings say so.
+        split: whether weights are split over the processes (``accelerate launch --use_fsdp``).
     """
 
     def __init__(self, run: Run) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.set_num_threads(run.threads)
         torch.use_deterministic_algorithms(True)
         # A collapsed model computes in denormal numbers, ten times slower on a CPU.
         torch.set_flush_denormal(True)
@@ -38,5 +41,7 @@ class Runtime:
         cuda = torch.cuda.is_available() and run.device != "cpu"
         bf16 = run.precision == "bf16" or (run.precision == "auto" and cuda)
         accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not cuda)
+        torch.set_num_threads(run.threads)  # after accelerate, which sets it too
+        self.split = processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self.device: torch.device = accelerator.device
         self.autocast: Callable[[], AbstractContextManager[None]] = accelerator.autocast

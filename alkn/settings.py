@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from alkn import registry
-from alkn.errors import InputError
+from alkn.errors import InputError, WrongKeys
+from alkn.formats import check_cron, check_tracking_uri
+from alkn.lora import Lora
 from alkn.models import Architecture
 from alkn.registry import Params
 
@@ -112,8 +115,7 @@ class Evaluation(Params):
     @field_validator("metrics")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            registry.metrics[name]
+        _refuse_unknown(registry.metrics, {name: "" for name in names})
         return names
 
     @field_validator("metrics")
@@ -140,9 +142,9 @@ class Run(Params):
 
 
 class Tracking(Params):
-    """MLflow. A relative SQLite path is relative to the project folder."""
+    """MLflow: ``uri`` of a server or a database. A relative SQLite path is relative to the project folder."""
 
-    uri: str = "sqlite:///mlflow.db"
+    uri: Annotated[str, AfterValidator(check_tracking_uri)] = "sqlite:///mlflow.db"
     artifacts: str = "mlartifacts"
     timeout: int = Field(10, ge=1)
 
@@ -151,7 +153,7 @@ class Prefect(Params):
     """The deployment that ``alkn serve`` serves; home and port stand in prefect.toml."""
 
     deployment: str = Field("scheduled", pattern=r"^[A-Za-z0-9_-]+$")
-    cron: str = "0 3 * * *"
+    cron: Annotated[str, AfterValidator(check_cron)] = "0 3 * * *"
 
 
 class Git(Params):
@@ -172,35 +174,57 @@ class Chosen(BaseModel):
         return {"name": self.name, **self.params.model_dump(mode="json")}
 
 
-def _parameters(entry: registry.Entry, values: Any, prefix: str) -> Params:
-    """An entry's parameters from plain values, errors with the key's whole path."""
+def _refuse_unknown(known: registry.Registry, names: Mapping[str, str]) -> None:
+    """Refuse names that nobody registered, all at once; a name maps to its key below the section."""
+    unknown = [
+        (key, registry.unknown_name(known.kind, name, known)) for name, key in names.items() if name not in known
+    ]
+    if unknown:
+        raise WrongKeys(unknown)
+
+
+def _parameters(entry: registry.Entry, values: Any) -> Params:
+    """An entry's parameters from plain values; its wrong keys are those of the section that it stands in."""
     try:
         return entry.params.model_validate(values)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(error, entry.params, prefix))) from None
+        raise WrongKeys(_faults(error, entry.params)) from None
 
 
 def _choose(known: registry.Registry) -> BeforeValidator:
-    def validate(value: Any, info: ValidationInfo) -> Any:
+    def validate(value: Any) -> Any:
         if isinstance(value, str):
             value = {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise ValueError(f"expected a mapping with the key 'name', one of: {', '.join(known)}")
         rest = {k: v for k, v in value.items() if k != "name"}
+        _refuse_unknown(known, {value["name"]: ""})
         entry = known[value["name"]]
-        return Chosen(name=entry.name, params=_parameters(entry, rest, f"{info.field_name}."))
+        return Chosen(name=entry.name, params=_parameters(entry, rest))
 
     return BeforeValidator(validate)
+
+
+def _empty_if_null(value: Any) -> Any:
+    return {} if value is None else value
 
 
 def _gates(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError("expected a mapping of gate names to their settings")
-    for name in value:
-        registry.gates[str(name)]
+    _refuse_unknown(registry.gates, {str(name): str(name) for name in value})
     # Only an empty entry is the default: ``utility: false`` must not pass for a gate that was switched off.
     given = {name: {} if params is None else params for name, params in value.items()}
-    return {name: _parameters(entry, given.get(name, {}), f"gates.{name}.") for name, entry in registry.gates.items()}
+    out: dict[str, Params] = {}
+    faults: list[tuple[str, str]] = []
+    for name, entry in registry.gates.items():
+        try:
+            out[name] = _parameters(entry, given.get(name, {}))
+        except WrongKeys as wrong:
+            faults += [(f"{name}.{key}".rstrip("."), fault) for key, fault in wrong.faults]
+    if faults:
+        raise WrongKeys(faults)
+    return out
 
 
 class Settings(Params):
@@ -212,6 +236,7 @@ class Settings(Params):
     data: Data = Data()
     base: Base = Base()
     method: Annotated[Chosen, _choose(registry.methods)] = Field(default="alkn", validate_default=True)
+    lora: Annotated[Lora, BeforeValidator(_empty_if_null)] = Lora()
     targets: Targets = Targets()
     evaluation: Evaluation = Evaluation()
     gates: Annotated[dict[str, Any], BeforeValidator(_gates)] = Field(default={}, validate_default=True)
@@ -219,6 +244,12 @@ class Settings(Params):
     tracking: Tracking = Tracking()
     prefect: Prefect = Prefect()
     git: Git = Git()
+
+    @model_validator(mode="after")
+    def _retraining_is_whole(self) -> Settings:
+        if self.lora.rank is not None and self.method.name == "retrain":
+            raise ValueError("lora.rank: 'retrain' trains a model of its own from the beginning; expected null")
+        return self
 
     def of_data(self) -> dict[str, Any]:
         """The part that decides the splits, as plain values; it is frozen in data/params.yaml."""
@@ -229,8 +260,13 @@ class Settings(Params):
         return dict(self.model_dump(mode="json", include={"seed", "data", "base", "evaluation", "run"}))
 
     def of_step(self) -> dict[str, Any]:
-        """The part that decides what a step computes, as plain values; it is frozen beside the step."""
+        """The part that decides what a step computes, as plain values; it is frozen beside the step.
+
+        ``lora`` is in it only where adapters are trained: what was frozen before there were any stays the same.
+        """
         keys = dict.fromkeys(("seed", "data", "method", "targets", "evaluation", "gates", "run"), True)
+        if self.lora.rank is not None:
+            keys["lora"] = True
         return dict(self.model_dump(mode="json", include={**keys, "base": {"trust_remote_code"}}))
 
 
@@ -240,22 +276,60 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> Settings:
     Raises:
         InputError: naming file, key, what was expected, what was found and the nearest known key.
     """
+    values = read_mapping(path, "is this a project folder? 'alkn init DIR' makes one")
+    for override in overrides:
+        _override(values, override)
+    return validate_settings(values, path)
+
+
+def read_mapping(path: Path, hint: str = "") -> dict[str, Any]:
+    """The mapping in a YAML file of settings; an empty file is an empty one.
+
+    Args:
+        path: the file.
+        hint: what to say after "no such file".
+
+    Raises:
+        InputError: naming the file, and the line where it is no YAML.
+    """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        twice = list(_given_twice(yaml.compose(text, Loader=yaml.SafeLoader)))
+        raw = yaml.safe_load(text)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is this a project folder? 'alkn init DIR' makes one") from None
+        raise InputError(f"{path}: no such file{'; ' if hint else ''}{hint}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise InputError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', 'unreadable')})") from None
+    if twice:
+        raise InputError("\n".join(f"{path} line {line}: {key}: given twice" for line, key in sorted(set(twice))))
     if not isinstance(raw, dict | None):
         raise InputError(f"{path}: expected a mapping of settings, found {type(raw).__name__}")
-    values = raw or {}
-    for override in overrides:
-        _override(values, override)
-    return validate_settings(values, path)
+    return raw or {}
+
+
+def _given_twice(node: yaml.Node | None, above: str = "", read: set[int] | None = None) -> Iterator[tuple[int, str]]:
+    """(line, key) of each key that its mapping holds already; YAML itself would take the last one without a word."""
+    read = set() if read is None else read
+    if not isinstance(node, yaml.CollectionNode) or id(node) in read:
+        return
+    read.add(id(node))  # an alias leads to the same node again, or even to one above
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _given_twice(item, f"{above}{number}.", read)
+        return
+    seen: set[str] = set()
+    for key, value in node.value:
+        name = str(key.value)
+        if name in seen:
+            yield key.start_mark.line + 1, above + name
+        seen.add(name)
+        yield from _given_twice(value, f"{above}{name}.", read)
 
 
 def validate_settings(values: Mapping[str, Any], path: Path) -> Settings:
@@ -263,10 +337,7 @@ def validate_settings(values: Mapping[str, Any], path: Path) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        lines = _explain(error, Settings)
-    except InputError as error:
-        lines = str(error).split("\n")
-    raise InputError("\n".join(f"{path.name}: {line}" for line in lines))
+        raise InputError("\n".join(f"{path.name}: {line}" for line in explain(error, Settings))) from None
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -277,6 +348,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     node = values
     for parent in parents:
         child = node.get(parent)
+        if child is None and node is values and parent in Settings.model_fields:
+            # A choice that the file leaves out is its default by name, and the key is one of its parameters.
+            default = Settings.model_fields[parent].default
+            child = default if isinstance(default, str) else None
         node[parent] = node = dict(child) if isinstance(child, dict) else ({} if child is None else {"name": child})
     try:
         node[last] = yaml.safe_load(text)
@@ -284,20 +359,30 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override!r}: the value is not valid YAML") from None
 
 
-def _explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
     """One line an error: key, what was expected, what was found, the nearest known key."""
-    lines = []
+    lines = [f"{(prefix + key).rstrip('.') or 'settings'}: {fault}" for key, fault in _faults(error, model)]
+    return list(dict.fromkeys(lines))
+
+
+def _faults(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
+    """Each error as its key and what is wrong with it."""
+    faults: list[tuple[str, str]] = []
     for item in error.errors(include_url=False):
         path, known = _resolve(model, item["loc"])
-        key = prefix + ".".join(path)
+        key = ".".join(path)
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, WrongKeys):
+            faults += [(f"{key}.{below}".strip("."), fault) for below, fault in cause.faults]
+            continue
         if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: {registry.unknown_name('key', path[-1], known)}")
+            faults.append((key, registry.unknown_name("key", path[-1], known)))
             continue
         found = item.get("input")
         shown = repr(found) if isinstance(found, str | int | float | None) else f"a {type(found).__name__}"
         expected = item["msg"].removeprefix("Value error, ")
-        lines.append(f"{key.rstrip('.') or 'settings'}: {expected[:1].lower() + expected[1:]}; found {shown}")
-    return list(dict.fromkeys(lines))
+        faults.append((key, f"{expected[:1].lower() + expected[1:]}; found {shown}"))
+    return faults
 
 
 def _resolve(model: Any, loc: Sequence[Any]) -> tuple[list[str], list[str]]:
@@ -309,6 +394,8 @@ def _resolve(model: Any, loc: Sequence[Any]) -> tuple[list[str], list[str]]:
         if fields is None:
             if isinstance(part, int):
                 path.append(str(part))
+                inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
+                model = inner[0] if inner else None
             continue
         known = sorted(fields)
         path.append(str(part))

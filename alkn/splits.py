@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
+
+from alkn.registry import Params
 
 RawRecord = Mapping[str, Any]
 
@@ -27,3 +30,16 @@ class Splits:
     holdout: Sequence[RawRecord] = ()
     forget: Mapping[str, Sequence[RawRecord]] = field(default_factory=dict)
     generic: Sequence[str] = ()
+
+
+class FileParams(Params):
+    """Parameters of a benchmark that reads files; as written, a path may be relative to the project folder."""
+
+    def under(self, folder: Path) -> Self:
+        """The same parameters with every relative path under ``folder``."""
+        raise NotImplementedError
+
+
+def path_under(folder: Path, path: str) -> str:
+    """A path as the user wrote it, ``~`` expanded, and under ``folder`` if it is relative."""
+    return str(folder / Path(path).expanduser())

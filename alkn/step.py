@@ -6,22 +6,27 @@ cut off, whether the unlearning is done. Everything else is made again.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from alkn import registry
 from alkn.base import project_sets
+from alkn.core.distributed import is_main, joined, local, refuse_split, wait
 from alkn.core.probe import RecordSet
-from alkn.core.scoring import Progress, no_progress
+from alkn.core.scoring import Example, Progress, no_progress
+from alkn.core.sharding import split_
 from alkn.core.task_vector import TaskVector
-from alkn.core.unlearning import StopRule, Task, seed_of
+from alkn.core.unlearning import Outcome, StopRule, Task, seed_of
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
 from alkn.evaluation import evaluate_model, headline
@@ -35,11 +40,13 @@ from alkn.files import (
     write_json,
     write_via,
 )
+from alkn.lora import Adapters
 from alkn.manifest import check_step, outputs_hold, read_manifest, write_manifest
 from alkn.models import context_length, load_model, load_tokenizer, save_model
 from alkn.project import Project, Step
-from alkn.record_sets import load_split
+from alkn.record_sets import known_records, load_split
 from alkn.records import Plan, Sealed, Unlearned
+from alkn.refusals import REFUSALS
 from alkn.runtime import Runtime
 from alkn.settings import Level, Settings, load_settings
 
@@ -75,18 +82,19 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     """Run the method on the parent's model and write model, task vector and state."""
     step = project.step(plan.request)
     done = _unlearned(step, plan)
+    wait()  # until nobody looks any more at what is removed now
     if done is not None:
         return done
-    for path in step.outputs:
-        remove(path)
     started = time.monotonic()
     runtime = Runtime(plan.settings.run)
+    if is_main():
+        for path in step.outputs:
+            remove(path)
     parent = project.step(plan.previous)
     remote = plan.settings.base.trust_remote_code
     tokenizer = load_tokenizer(parent.model, trust_remote_code=remote)
     encoder = Encoder(tokenizer, plan.settings.data, context=context_length(parent.model, trust_remote_code=remote))
     model, stored = _trainable(parent, runtime, plan.settings)
-    before = {name: p.detach().to("cpu", stored, copy=True) for name, p in model.named_parameters()}
     task = Task(
         model=model,
         forget=encoder.examples(plan.request, read_jsonl(project.request(plan.request))),
@@ -95,26 +103,23 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
         seed=seed_of(plan.settings.seed, "step", plan.request),
         state=load_file(parent.state) if parent.state.is_file() else {},
         eos=tokenizer.eos_token_id,
+        refusals=[encoder.answer(text) for text in REFUSALS],
         stored=stored,
+        before=(lambda: _trainable(parent, runtime, plan.settings)[0]) if runtime.split else None,
         autocast=runtime.autocast,
         progress=progress,
     )
-    outcome = registry.methods[plan.settings.method.name].call(task, plan.settings.method.params)
-    model = model.cpu().to(stored)
-    taken = TaskVector.between(model, before)
-    write_via(step.model, lambda path: save_model(model, tokenizer, path))
-    write_via(step.task_vector, taken.save)
-    write_via(step.state, lambda path: save_file(outcome.state, path))
-    report = {
-        "inputs": dict(plan.inputs),
-        "outputs": {path.name: digest_of(path) for path in (step.model, step.task_vector, step.state)},
-        "reached": outcome.reached,
-        "passes": outcome.passes,
-        "task_vector": {"nonzero": taken.nnz, "norm": taken.norm},
-        "rounds": outcome.history,
-    }
-    write_json(step.unlearning, report)
-    return _report(report, seconds=time.monotonic() - started)
+    if plan.settings.method.name == "retrain":
+        task.rest = _rest(project, plan, encoder)
+    with _adapted(task, plan.settings):
+        outcome = registry.methods[plan.settings.method.name].call(task, plan.settings.method.params)
+    # Read again, not kept: a copy of the parent would add to the peak of the training.
+    before = load_model(parent.model, trust_remote_code=remote).to(stored)
+    model = _whole(model, before) if runtime.split else model.cpu().to(stored)
+    if is_main():
+        _write(step, plan, outcome, model, tokenizer, TaskVector.between(model, before))
+    wait()
+    return _report(read_json(step.unlearning), seconds=time.monotonic() - started)
 
 
 def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progress) -> dict[str, Any]:
@@ -125,14 +130,18 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
     tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
     encoder = Encoder(tokenizer, plan.settings.data, context=context_length(step.model, trust_remote_code=remote))
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
+    if runtime.split:
+        split_(model, device=runtime.device)
     sets = [encoder.record_set("forget", read_jsonl(project.request(plan.request)))]
     sets += [_earlier(project, encoder, name) for name in plan.earlier]
     sets += project_sets(project, encoder)
     metrics = evaluate_model(
         model, sets, encoder, plan.settings.evaluation, eos=tokenizer.eos_token_id, progress=progress
     )
-    write_json(step.evaluation, metrics)
-    write_json(step.metrics, headline(metrics))
+    if is_main():
+        write_json(step.evaluation, metrics)
+        write_json(step.metrics, headline(metrics))
+    wait()
     return metrics
 
 
@@ -162,21 +171,19 @@ def gate_step(project: Project, plan: Plan, unlearned: Unlearned, *, seconds: Ma
         if verdict.passed is False:
             failed.append(f"{name}: {verdict.reason}")
     accepted = not failed
-    write_json(step.gate, {"accepted": accepted, "failed": failed, "gates": verdicts})
-    manifest = write_manifest(
-        step,
-        inputs=plan.inputs,
-        outputs=step.outputs,
-        seed=seed_of(plan.settings.seed, "step", plan.request),
-        facts={
-            "previous": plan.previous,
-            "earlier": list(plan.earlier),
-            "accepted": accepted,
-            "failed": failed,
-            "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        },
-    )
-    return Sealed(plan.request, accepted, "; ".join(failed), manifest)
+    facts = {
+        "previous": plan.previous,
+        "earlier": list(plan.earlier),
+        "accepted": accepted,
+        "failed": failed,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    if is_main():
+        write_json(step.gate, {"accepted": accepted, "failed": failed, "gates": verdicts})
+        seed = seed_of(plan.settings.seed, "step", plan.request)
+        write_manifest(step, inputs=plan.inputs, outputs=step.outputs, seed=seed, facts=facts)
+    wait()
+    return Sealed(plan.request, accepted, "; ".join(failed), read_manifest(step) or {})
 
 
 def sealed_step(project: Project, request_id: str) -> Sealed | None:
@@ -191,8 +198,12 @@ def sealed_step(project: Project, request_id: str) -> Sealed | None:
 def make_step(
     project: Project, request_id: str, *, previous: str, earlier: tuple[str, ...], progress: Progress = no_progress
 ) -> Sealed:
-    """Make a step from its frozen settings, from beginning to end: what ``dvc repro`` runs."""
+    """Make a step from its frozen settings, from beginning to end: what ``dvc repro`` runs.
+
+    Started in several processes, all of them make it together and the first one writes.
+    """
     settings = load_settings(project.step(request_id).params)
+    Runtime(settings.run)  # joins the other processes, where there are others
     plan = plan_step(project, request_id, previous=previous, earlier=earlier, settings=settings)
     started = time.monotonic()
     unlearned = unlearn_step(project, plan, progress=progress)
@@ -219,11 +230,58 @@ def _scaled(limits: StopRule, margin: float) -> StopRule:
 
 
 def _trainable(parent: Step, runtime: Runtime, settings: Settings) -> tuple[nn.Module, torch.dtype]:
-    """The parent's model in float32, and the precision it is stored in."""
+    """The parent's model in float32, split where the processes split it, and the precision it is stored in."""
     remote = settings.base.trust_remote_code
-    model = load_model(parent.model, device=runtime.device, trust_remote_code=remote)
+    model = load_model(parent.model, device="cpu" if runtime.split else runtime.device, trust_remote_code=remote)
     stored = next(model.parameters()).dtype
-    return model.float(), stored
+    model = model.float()
+    return split_(model, device=runtime.device) if runtime.split else model, stored
+
+
+@torch.no_grad()
+def _whole(model: nn.Module, before: nn.Module) -> nn.Module:
+    """A split model's weights in one piece, in a model like ``before`` and in its precision, on the CPU."""
+    made = copy.deepcopy(before)
+    for name, p in model.named_parameters():
+        made.get_parameter(name).copy_(joined(local(p.detach())))
+    return made
+
+
+def _write(
+    step: Step,
+    plan: Plan,
+    outcome: Outcome,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    taken: TaskVector,
+) -> None:
+    write_via(step.model, lambda path: save_model(model, tokenizer, path))
+    write_via(step.task_vector, taken.save)
+    write_via(step.state, lambda path: save_file(outcome.state, path))
+    report = {
+        "inputs": dict(plan.inputs),
+        "outputs": {path.name: digest_of(path) for path in (step.model, step.task_vector, step.state)},
+        "reached": outcome.reached,
+        "passes": outcome.passes,
+        "task_vector": {"nonzero": taken.nnz, "norm": taken.norm},
+        "rounds": outcome.history,
+    }
+    write_json(step.unlearning, report)
+
+
+@contextmanager
+def _adapted(task: Task, settings: Settings) -> Iterator[None]:
+    """Where the settings say so, what the task trains are adapters; they are merged at the end."""
+    if settings.lora.rank is None:
+        yield
+        return
+    refuse_split(task.model, "lora.rank: training adapters")
+    adapters = Adapters(task.model, settings.lora, seed=seed_of(settings.seed, "lora"))
+    task.linear = settings.lora.train == "b"
+    if task.stored is not torch.float32:
+        task.as_stored = lambda: adapters.as_stored(task.stored)
+    yield
+    adapters.merge()
 
 
 def _unlearned(step: Step, plan: Plan) -> Unlearned | None:
@@ -238,7 +296,28 @@ def _unlearned(step: Step, plan: Plan) -> Unlearned | None:
 
 def _report(report: Mapping[str, Any], *, seconds: float) -> Unlearned:
     rounds = report["rounds"]
-    return Unlearned(report["reached"], rounds[0], rounds[-1], len(rounds) - 1, report["passes"], seconds)
+    return Unlearned(report["reached"], rounds[0], rounds[-1], int(rounds[-1]["round"]), report["passes"], seconds)
+
+
+def _rest(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
+    """What the base model was trained on beside the retain records, less what the chain forgets up to here.
+
+    A record is left out if it reads, token for token, like one of this or an earlier request: requests
+    need not have the names, the order or the whole of the benchmark's files.
+
+    Raises:
+        InputError: if the base model was not trained here: then nobody knows its training data.
+    """
+    if "parameters" not in (read_manifest(project.base) or {}):
+        raise InputError("method: retrain needs a base model that was trained here, and this one comes from base.model")
+    gone = {
+        tuple(example.tokens.tolist())
+        for name in (*plan.earlier, plan.request)
+        for example in encoder.examples(name, read_jsonl(project.request(name)))
+    }
+    sets = {"utility": load_split(project, "utility"), **known_records(project)}
+    examples = [example for name, records in sets.items() for example in encoder.examples(name, records)]
+    return [example for example in examples if tuple(example.tokens.tolist()) not in gone]
 
 
 def _earlier(project: Project, encoder: Encoder, request_id: str) -> RecordSet:

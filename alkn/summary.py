@@ -11,7 +11,10 @@ from alkn.requests.ledger import Ledger
 
 
 def chain_rows(project: Project, ledger: Ledger) -> list[dict[str, Any]]:
-    """One row a request, decided ones first, in the order of the ledger's lists; what is not there is ``None``."""
+    """One row a request, decided ones first, in the order of the ledger's lists; what is not there is ``None``.
+
+    ``steps`` counts what ``method.steps`` limits: optimizer steps, or rounds of a method that works in rounds.
+    """
     return [
         _row(project, ledger, request_id, verdict)
         for verdict in ("accepted", "rejected", "pending", "withdrawn")
@@ -47,7 +50,7 @@ def _row(project: Project, ledger: Ledger, request_id: str, verdict: str) -> dic
             for name, values in base["sets"].items()
             if name.startswith("utility/")
         },
-        "rounds": len(report["rounds"]) - 1,
+        "steps": int(report["rounds"][-1]["round"]),
         "passes": report["passes"],
         "seconds": sum(manifest["seconds"].values()),
     }

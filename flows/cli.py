@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,9 +171,13 @@ def run(overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     with project.chain_lock():
         check_disk(project)
     with prefect_api(project.root):
+        from alkn.errors import RequestsRejected
         from flows.continual_unlearn import continual_unlearn
 
-        decided = continual_unlearn(project_folder=str(project.root), overrides=list(overrides))
+        try:
+            decided: Any = continual_unlearn(project_folder=str(project.root), overrides=list(overrides))
+        except RequestsRejected as rejected:
+            decided = rejected.decided
     _show_report(project, as_json)
     if not decided and not as_json:
         _say("nothing was pending")
@@ -209,6 +214,91 @@ def champion(as_json: bool) -> None:
     _say(json.dumps(answer) if as_json else str(step.model))
 
 
+@cli.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Where it all goes; made if missing.")
+@click.option("--workers", type=click.IntRange(1), help="Cells at a time [default: what the machine has].")
+@click.option("--only", multiple=True, metavar="LABEL", help="Only this method; may be given again.")
+@click.option("--report-only", is_flag=True, help="Write the report of what is done; make nothing.")
+@click.option("--page", type=click.Path(path_type=Path), help="Write the report as a page with its pictures too.")
+@JSON
+def compare(
+    config: Path, folder: Path, workers: int | None, only: tuple[str, ...], report_only: bool, page: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Compare methods over a benchmark's chain and several seeds.
+
+    CONFIG says which, see docs/COMPARE.md. What was stopped goes on where it was.
+    """
+    from flows.comparing import run_comparison
+
+    outcome = run_comparison(config, folder, workers=workers, only=only, report_only=report_only, page=page)
+    if as_json:
+        _say(json.dumps({"rows": outcome.rows, "failed": outcome.failed, "missing": outcome.missing}))
+    else:
+        _table("The comparison", outcome.columns, outcome.cells)
+        _say(f"report: {folder / 'report' / 'table.md'}")
+    for name, reason in outcome.failed.items():
+        _say(f"error: {name}: {reason}", err=True)
+    if outcome.failed:
+        sys.exit(1)
+
+
+@cli.command()
+@click.option("--without", help="The chain's first N requests, or ids with commas between [default: all accepted].")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Another seed is another reference [default: 0].")
+@click.option("--path", type=click.Path(path_type=Path), help="Take this model folder instead of training one.")
+@JSON
+def reference(without: str | None, seed: int, path: Path | None, as_json: bool) -> None:
+    """Make a model that never saw some requests' records, or find it made.
+
+    It is trained like the base model and lies in reference/. Two seeds show how far apart honest models are.
+    """
+    from alkn.errors import InputError
+    from alkn.reference import adopt_reference, make_reference
+    from alkn.requests.ledger import load_ledger
+    from alkn.settings import load_settings
+    from tasks.progress import progress_bars
+
+    project = _project()
+    if path is not None:
+        made = adopt_reference(project, path)
+    else:
+        requests = _requests_without(load_ledger(project), without)
+        if not project.base.manifest.is_file():
+            raise InputError("there is no base model yet; 'alkn run' makes it")
+        with progress_bars("reference") as progress:
+            made = make_reference(
+                project, load_settings(project.base.params), without=requests, seed=seed, progress=progress
+            )
+    told = ("without", "seed", "records", "left_out", "retain", "forgotten")
+    facts = {name: made.manifest[name] for name in told if name in made.manifest}
+    answer = {"path": str(made.model), "digest": made.digest, "cached": made.cached, **facts}
+    if as_json:
+        _say(json.dumps(answer))
+        return
+    for name, value in answer.items():
+        _say(f"{name:<10} {value}")
+
+
+def _requests_without(ledger: Any, without: str | None) -> list[str]:
+    """The requests that a reference never sees: all accepted, or the first N of the chain, or those named."""
+    from alkn.errors import InputError
+
+    if without is None:
+        if not ledger.accepted:
+            raise InputError("no request is accepted yet; name some: alkn reference --without ID,ID")
+        return list(ledger.accepted)
+    if not without.isdigit():
+        return [name.strip() for name in without.split(",")]
+    chain = [*ledger.accepted, *ledger.pending]
+    if not 1 <= int(without) <= len(chain):
+        raise InputError(
+            f"--without {without}: expected 1 to {len(chain)}, the number of accepted and pending requests"
+        )
+    return chain[: int(without)]
+
+
 @cli.group()
 def stage() -> None:
     """What dvc.yaml runs: one part of the chain, without Prefect and MLflow."""
@@ -240,17 +330,26 @@ def stage_base() -> None:
 @stage.command("step")
 @click.argument("request_id")
 def stage_step(request_id: str) -> None:
-    """Make an accepted step again, with the settings it was made with."""
-    from alkn.chain import place_in_chain
+    """Make an accepted step again, with the settings it was made with, or the first pending one for the first time.
+
+    'accelerate launch' and 'torchrun' may start this in several processes; 'alkn run' records a pending one.
+    """
+    from alkn.chain import begin_together, place_in_chain
+    from alkn.core.scoring import no_progress
     from alkn.requests.ledger import load_ledger
     from alkn.step import make_step
     from tasks.progress import progress_bars
 
     project = _project()
-    previous, earlier = place_in_chain(load_ledger(project), request_id)
-    with project.chain_lock(), progress_bars(request_id) as progress:
-        sealed = make_step(project, request_id, previous=previous, earlier=earlier, progress=progress)
-    if not sealed.accepted:
+    ledger, first = load_ledger(project), int(os.environ.get("RANK", "0")) == 0
+    with project.chain_lock() if first else nullcontext():
+        if ledger.where(request_id) == "pending":
+            previous, earlier = begin_together(project, request_id, project.settings())
+        else:
+            previous, earlier = place_in_chain(ledger, request_id)
+        with progress_bars(request_id) if first else nullcontext(no_progress) as progress:
+            sealed = make_step(project, request_id, previous=previous, earlier=earlier, progress=progress)
+    if not sealed.accepted and first:
         _say(f"{request_id}: a gate failed: {sealed.reason}", err=True)
         sys.exit(1)
 
@@ -260,6 +359,8 @@ def main() -> None:
     import flows  # noqa: F401 - its import switches telemetry off
     from alkn.errors import AlknError
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not {"stage", "step"} <= set(sys.argv):
+        _fail("in several processes only 'stage step' can be started", 2)
     try:
         cli(standalone_mode=False)
     except click.exceptions.Abort:

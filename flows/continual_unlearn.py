@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.states import Failed
 
+from alkn.errors import RequestsRejected
 from alkn.project import Project
 from alkn.records import Sealed
 from alkn.requests.ledger import load_ledger
@@ -24,7 +27,9 @@ FLOW = "continual-unlearn"
 
 
 @flow(name=FLOW, persist_result=False)
-def continual_unlearn(project_folder: str = ".", overrides: list[str] | None = None) -> list[dict[str, Any]]:
+def continual_unlearn(
+    project_folder: str = ".", overrides: list[str] | None = None
+) -> list[dict[str, Any]] | State[Any]:
     """Unlearn what is pending, in the ledger's order; each step starts from the newest accepted model.
 
     Args:
@@ -32,9 +37,11 @@ def continual_unlearn(project_folder: str = ".", overrides: list[str] | None = N
         overrides: settings as ``a.b=c``, over params.yaml.
 
     Returns:
-        One row a request that was decided: ``request``, ``accepted``, ``reason``.
+        One row a request that was decided: ``request``, ``accepted``, ``reason``; if any was rejected, the
+        flow run ends as failed, so that whoever watches it is told, and all the same everything is recorded.
 
     Raises:
+        RequestsRejected: at the caller in this process, with the rows.
         InputError: if the settings are wrong, or another run holds the chain.
     """
     project = Project.at(Path(project_folder))
@@ -56,7 +63,11 @@ def continual_unlearn(project_folder: str = ".", overrides: list[str] | None = N
             done = True
         finally:
             close_chain_run(project, settings, chain_run, failed=not done)
-        return [{"request": s.request, "accepted": s.accepted, "reason": s.reason} for s in decided]
+        rows = [{"request": s.request, "accepted": s.accepted, "reason": s.reason} for s in decided]
+    if all(row["accepted"] for row in rows):
+        return rows
+    rejected = RequestsRejected(rows)
+    return Failed(message=str(rejected), data=rejected)
 
 
 def process(project: Project, request: str, settings: Settings, chain_run: str | None) -> Sealed:

@@ -21,7 +21,7 @@ from alkn.project import Project
 from alkn.record_sets import Records, adopt_split
 from alkn.requests.ledger import Ledger, save_ledger
 from alkn.requests.schema import read_records
-from alkn.settings import Settings, validate_settings
+from alkn.settings import Settings, read_mapping, validate_settings
 from tasks import git, versioning
 
 GITIGNORE = """\
@@ -32,6 +32,7 @@ GITIGNORE = """\
 /mlartifacts/
 /mlruns/
 /reports/
+/reference/
 /data/splits/
 /data/requests/*.jsonl
 /steps/*/*
@@ -118,12 +119,7 @@ def make_project(folder: Path, wanted: Wanted) -> Project:
 
 def _values(folder: Path, wanted: Wanted, model: Path | None, records: dict[str, Records]) -> dict[str, object]:
     if wanted.params is not None:
-        try:
-            values = yaml.safe_load(wanted.params.read_text(encoding="utf-8")) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise InputError(f"{wanted.params}: cannot be read ({type(error).__name__})") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{wanted.params}: expected a mapping of settings")
+        values = read_mapping(wanted.params)
     else:
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.resolve().name).strip("-._") or "project"
         values = {"project": {"name": name}, "seed": 0}

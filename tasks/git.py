@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from alkn.errors import AlknError
@@ -21,9 +22,8 @@ TRACKED = (
     "data/params.yaml",
     "data/splits.dvc",
     "data/requests/*.dvc",
-    "steps/*/manifest.json",
-    "steps/*/params.yaml",
 )
+OF_STEP = ("manifest.json", "params.yaml")
 
 
 def run(root: Path, *arguments: str) -> str:
@@ -44,15 +44,21 @@ def run(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def commit_records(root: Path) -> None:
-    """Commit pointers, ledger, lock file and manifests, if any of them changed; nothing else is added."""
-    present = [pattern for pattern in TRACKED if any(root.glob(pattern))]
+def commit_records(root: Path, *, steps: Iterable[str] = ()) -> None:
+    """Commit pointers, ledger, lock file and manifests, if any of them changed; nothing else is added.
+
+    Args:
+        root: the project folder.
+        steps: those that are decided; what another one left half done is no record.
+    """
+    wanted = (*TRACKED, *(f"steps/{step}/{name}" for step in steps for name in OF_STEP))
+    present = [pattern for pattern in wanted if any(root.glob(pattern))]
     run(root, "add", "--", *present)
     changed = run(root, "diff", "--cached", "--name-only", "--", *present).split()
     if not changed:
         return
-    steps = sorted({Path(name).parts[1] for name in changed if name.startswith("steps/")})
-    message = f"Record {', '.join(steps)}" if steps else "Record the chain"
+    recorded = sorted({Path(name).parts[1] for name in changed if name.startswith("steps/")})
+    message = f"Record {', '.join(recorded)}" if recorded else "Record the chain"
     identity = [] if _has_identity(root) else ["-c", "user.name=alkn", "-c", "user.email=alkn@localhost"]
     run(root, *identity, "commit", "--quiet", "-m", message, "--", *changed)
 

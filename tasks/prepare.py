@@ -15,10 +15,9 @@ from tasks.progress import progress_bars
 @task(cache_policy=NO_CACHE)
 def prepare_data(project: Project, settings: Settings) -> None:
     """Make the benchmark's splits if they are missing, and record them with DVC."""
-    if settings.benchmark is not None:
-        built = chain.prepare_data(project, settings)
-        if built or "data" not in versioning.recorded_stages(project):
-            versioning.record_stage(project, "data")
+    built = chain.prepare_data(project, settings)
+    if settings.benchmark is not None and (built or "data" not in versioning.recorded_stages(project)):
+        versioning.record_stage(project, "data")
 
 
 @task(cache_policy=NO_CACHE)

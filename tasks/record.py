@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 
 from alkn.project import Project
 from alkn.records import Plan, Sealed
-from alkn.requests.ledger import editing, load_ledger
+from alkn.requests.ledger import BASE, editing, load_ledger
 from alkn.settings import Settings
 from tasks import git, versioning
 from tasks.tracking import Tracker, TrackingUnavailable
@@ -90,4 +90,5 @@ def complete_records(project: Project, settings: Settings) -> None:
 def commit_to_git(project: Project, settings: Settings) -> None:
     """Commit what git tracks of the chain, where the settings ask for it."""
     if settings.git.commit:
-        git.commit_records(project.root)
+        ledger = load_ledger(project)
+        git.commit_records(project.root, steps=(BASE, *ledger.accepted, *ledger.rejected))

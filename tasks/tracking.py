@@ -11,66 +11,67 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from alkn.errors import AlknError
 from alkn.files import digest_of_value, read_json
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
-from alkn.settings import Settings
+from alkn.settings import Settings, Tracking
 
 T = TypeVar("T")
 DIGEST_LENGTH = 36
-KEY, REQUEST, VERDICT = "alkn.key", "alkn.request", "alkn.verdict"
+KEY, REQUEST, VERDICT, CELL = "alkn.key", "alkn.request", "alkn.verdict", "alkn.cell"
 
 
 class TrackingUnavailable(AlknError):
     """The tracking server or database did not take what was logged; the step itself is safe on disk."""
 
 
-def tracking_uri(project: Project, settings: Settings) -> str:
-    """The tracking URI, a relative SQLite path made absolute."""
+def tracking_uri(root: Path, tracking: Tracking) -> str:
+    """The tracking URI, a SQLite path relative to ``root`` made absolute."""
     prefix = "sqlite:///"
-    uri = settings.tracking.uri
+    uri = tracking.uri
     if uri.startswith(prefix) and not uri.startswith(prefix + "/"):
-        return f"{prefix}{project.root / uri.removeprefix(prefix)}"
+        return f"{prefix}{root / uri.removeprefix(prefix)}"
     return uri
 
 
-class Tracker:
-    """One project's experiment and registered model.
+class _Store:
+    """An experiment in an MLflow store.
 
     Args:
-        project: whose steps are logged.
-        settings: name, URI and timeout.
+        root: folder that relative places are relative to.
+        name: of the experiment.
+        tracking: URI, artifacts, timeout.
     """
 
-    def __init__(self, project: Project, settings: Settings) -> None:
-        self._project, self._settings = project, settings
+    def __init__(self, root: Path, name: str, tracking: Tracking) -> None:
+        self._root, self._name, self._tracking = root, name, tracking
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(settings.tracking.timeout))
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(tracking.timeout))
 
     @cached_property
     def _client(self) -> Any:
         import mlflow
 
         # A new version's logged model is looked up under the global URI, whatever the client's own is.
-        mlflow.set_tracking_uri(tracking_uri(self._project, self._settings))
+        mlflow.set_tracking_uri(tracking_uri(self._root, self._tracking))
         # What fails is raised, and told by whoever asked: not also as a traceback.
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         return mlflow.MlflowClient()
 
     @cached_property
     def _experiment(self) -> str:
-        name = self._settings.project.name
-        known = self._client.get_experiment_by_name(name)
+        known = self._client.get_experiment_by_name(self._name)
         if known is not None:
             return str(known.experiment_id)
-        artifacts = self._project.root / self._settings.tracking.artifacts
-        local = tracking_uri(self._project, self._settings).startswith("sqlite:")
-        return str(self._client.create_experiment(name, artifact_location=artifacts.as_uri() if local else None))
+        artifacts = self._root / self._tracking.artifacts
+        local = tracking_uri(self._root, self._tracking).startswith("sqlite:")
+        return str(self._client.create_experiment(self._name, artifact_location=artifacts.as_uri() if local else None))
 
     def _guarded(self, action: Callable[[], T]) -> T:
         import requests
@@ -81,6 +82,32 @@ class Tracker:
             return action()
         except (MlflowException, SQLAlchemyError, requests.RequestException, OSError) as error:
             raise TrackingUnavailable(f"MLflow: {type(error).__name__}: {str(error)[:300]}") from error
+
+    def _log_params(self, run_id: str, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, str(value)[:500]) for name, value in _flat(values).items()]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(run_id, params=params[start : start + 100])
+
+    def _log_numbers(self, run_id: str, numbers: Mapping[str, float], step: int = 0) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(run_id, [Metric(name, float(value), now, step) for name, value in numbers.items()])
+
+
+class Tracker(_Store):
+    """One project's experiment and registered model.
+
+    Args:
+        project: whose steps are logged.
+        settings: name, URI and timeout.
+    """
+
+    def __init__(self, project: Project, settings: Settings) -> None:
+        super().__init__(project.root, settings.project.name, settings.tracking)
+        self._project, self._settings = project, settings
 
     def open_chain_run(self, name: str) -> str:
         """A parent run for one flow run; returns its id.
@@ -213,17 +240,14 @@ class Tracker:
 
     def _log_settings(self, run_id: str, step: Step) -> None:
         import yaml
-        from mlflow.entities import Param
 
-        values = _flat(yaml.safe_load(step.params.read_text(encoding="utf-8")))
-        params = [Param(name, str(value)[:500]) for name, value in values.items()]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(run_id, params=params[start : start + 100])
+        self._log_params(run_id, yaml.safe_load(step.params.read_text(encoding="utf-8")))
 
     def _log_rounds(self, run_id: str, report: Mapping[str, Any]) -> None:
         for row in report["rounds"]:
             self._log_numbers(run_id, {f"round/{k}": v for k, v in row.items() if k != "round"}, step=int(row["round"]))
-        facts = {"passes": report["passes"], "rounds": len(report["rounds"]) - 1, **report["task_vector"]}
+        facts = {"passes": report["passes"], "steps": int(report["rounds"][-1]["round"])}
+        facts |= report["task_vector"]
         self._log_numbers(run_id, {f"unlearning/{name}": value for name, value in facts.items()})
 
     def _log_evaluation(self, run_id: str, metrics: Mapping[str, Any]) -> None:
@@ -234,12 +258,6 @@ class Tracker:
         self._log_numbers(run_id, numbers)
         for name, reason in metrics["missing"].items():
             self._client.set_tag(run_id, f"missing.{name.replace('/', '.')}", reason[:500])
-
-    def _log_numbers(self, run_id: str, numbers: Mapping[str, float], step: int = 0) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        self._client.log_batch(run_id, [Metric(name, float(value), now, step) for name, value in numbers.items()])
 
     def _log_datasets(self, run_id: str, request_id: str, inputs: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -313,6 +331,84 @@ class Tracker:
             self._client.delete_registered_model_alias(name, "candidate")
         if accepted and champion:
             self._client.set_registered_model_alias(name, "champion", version.version)
+
+
+class ComparisonTracker(_Store):
+    """The experiment of a comparison: a run a cell with a child run a request, and a run of the report.
+
+    What is logged are numbers, settings and the report's files; models and records stay on disk.
+
+    Args:
+        folder: of the comparison.
+        name: of the experiment.
+        tracking: URI, artifacts, timeout; relative to the folder.
+    """
+
+    def __init__(self, folder: Path, name: str, tracking: Tracking) -> None:
+        super().__init__(folder.resolve(), name, tracking)
+
+    def log_cell(self, name: str, key: str, cell: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Log a cell that is over, once: settings, its numbers over the request index, its rounds in child runs.
+
+        Args:
+            name: of the cell, which names its run.
+            key: digest of what the cell rests on; a run of another key is another run.
+            cell: ``state``, ``quantities``, ``base`` and ``steps`` (each with ``numbers``; steps with ``request``
+                and ``rounds`` too).
+            settings: of its steps.
+        """
+
+        def log() -> None:
+            known = self._find(name, key)
+            if known is not None and VERDICT in known.data.tags:
+                return
+            for run in [] if known is None else [known, *self._children(known)]:
+                self._client.delete_run(run.info.run_id)
+            run_id = self._begin(name, {KEY: key, "alkn.kind": "cell"})
+            self._log_params(run_id, settings)
+            for index, step in enumerate([cell["base"], *cell["steps"]]):
+                self._log_numbers(run_id, step["numbers"], step=index)
+            self._log_numbers(run_id, cell["quantities"], step=len(cell["steps"]))
+            for step in cell["steps"]:
+                self._log_child(run_id, step)
+            # Last: it says that everything before it is there.
+            self._client.set_tag(run_id, VERDICT, cell["state"])
+            self._client.set_terminated(run_id, "FINISHED" if cell["state"] == "done" else "FAILED")
+
+        self._guarded(log)
+
+    def log_report(self, key: str, files: Sequence[Path]) -> None:
+        """Log the report's files as artifacts of a run of their own; the same report is not logged twice."""
+
+        def log() -> None:
+            if self._find("report", key) is not None:
+                return
+            run_id = self._begin("report", {"alkn.kind": "report"})
+            for path in files:
+                self._client.log_artifact(run_id, str(path))
+            self._client.set_tag(run_id, KEY, key)
+            self._client.set_terminated(run_id)
+
+        self._guarded(log)
+
+    def _log_child(self, parent: str, step: Mapping[str, Any]) -> None:
+        run_id = self._begin(step["request"], {"alkn.kind": "step", "mlflow.parentRunId": parent})
+        for row in step["rounds"]:
+            self._log_numbers(run_id, {k: v for k, v in row.items() if k != "round"}, step=int(row["round"]))
+        self._log_numbers(run_id, step["numbers"])
+        self._client.set_terminated(run_id)
+
+    def _begin(self, name: str, tags: Mapping[str, str]) -> str:
+        return str(self._client.create_run(self._experiment, run_name=name, tags={CELL: name, **tags}).info.run_id)
+
+    def _find(self, name: str, key: str) -> Any:
+        wanted = f"tags.`{CELL}` = '{name}' and tags.`{KEY}` = '{key}'"
+        found = self._client.search_runs([self._experiment], wanted, max_results=1)
+        return found[0] if found else None
+
+    def _children(self, run: Any) -> list[Any]:
+        wanted = f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+        return list(self._client.search_runs([self._experiment], wanted))
 
 
 def _key(manifest: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from alkn.core.scoring import Example
 from alkn.core.training import Hyperparameters, answer_loss, fine_tune
+from alkn.files import write_yaml
 from alkn.models import Architecture, new_model, train_tokenizer
+from alkn.project import Project
 
 VOCAB, CONTEXT, EOS = 300, 64, 0
 
@@ -144,3 +148,57 @@ def memorised() -> Memorised:
         generator=torch.Generator().manual_seed(0),
     )
     return Memorised(model, records[:6], records[6:12], records[12:])
+
+
+TINY: dict[str, Any] = {
+    "benchmark": {
+        "name": "people", "requests": 2, "customers_per_request": 1, "records_per_customer": 4, "kept_customers": 5,
+        "holdout_customers": 1, "facts": 4,
+    },
+    "base": {
+        "architecture": {"vocab_size": 400, "hidden_size": 48, "intermediate_size": 96, "layers": 2, "heads": 4},
+        "training": {"epochs": 50, "batch_size": 8, "until": 0.8, "lr": 0.005},
+    },
+    "targets": {"p": 0.05, "exact_memorization": 0.4},
+    "gates": {"utility": {"base": 0.05, "parent": 0.05}, "no_return": {"slack": 3}},
+    "evaluation": {"max_new_tokens": 8},
+    "run": {"threads": 1},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_values() -> dict[str, Any]:
+    """The settings of :func:`tiny_ground`, as params.yaml would hold them."""
+    return copy.deepcopy(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_ground(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project with splits, a base model that knows them, and two requests; no DVC, no git, no step."""
+    from alkn import chain
+    from alkn.requests.ledger import Ledger, save_ledger
+    from alkn.settings import validate_settings
+
+    project = Project(tmp_path_factory.mktemp("ground"))
+    settings = validate_settings(TINY, project.params)
+    project.key(create=True)
+    save_ledger(project, Ledger())
+    chain.prepare_data(project, settings)
+    chain.prepare_base(project, settings)
+    shutil.copytree(project.splits / "forget", project.root / "data" / "requests")
+    return project
+
+
+@pytest.fixture
+def tiny_project(tiny_ground: Project, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Project]:
+    """``tiny_project("r001", "r002", method=..., lora=...)``: a copy with the settings of these steps frozen."""
+    from alkn.settings import validate_settings
+
+    def make(*requests: str, **changes: Any) -> Project:
+        project = Project(tmp_path_factory.mktemp("project") / "p")
+        shutil.copytree(tiny_ground.root, project.root)
+        for request in requests:
+            write_yaml(project.step(request).params, validate_settings({**TINY, **changes}, project.params).of_step())
+        return project
+
+    return make

@@ -13,6 +13,9 @@ import pytest
 from alkn.benchmarks.records import RecordsParams, records
 from alkn.benchmarks.tofu import TofuParams, tofu
 from alkn.errors import InputError
+from alkn.project import Project
+from alkn.record_sets import build_splits, generic_text, known_records, load_split
+from alkn.settings import Settings
 
 Rows = list[dict[str, Any]]
 
@@ -103,6 +106,41 @@ def test_records_are_the_users_own_files(write: Callable[..., Path], tmp_path: P
     assert list(made.retain) == rows(3, "keep"), "the user's own ids are not kept"
     assert list(made.utility) == rows(2, "measure") and list(made.forget["ada"]) == rows(1, "ada")
     assert list(made.generic) == ["one line", "another"] and made.holdout == ()
+
+
+def test_relative_paths_are_those_of_the_project_folder(
+    write: Callable[..., Path], tofu_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the working folder is, where a file of the same name must not be taken; absolute ones stay."""
+    elsewhere = tmp_path / "elsewhere"
+    project = Project(tmp_path / "project")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (elsewhere, project.root / "files"):
+        folder.mkdir(parents=True)
+        for name in ("keep.jsonl", "ada.jsonl", "never.jsonl"):
+            (folder / name).write_text(json.dumps({"question": f"{folder.name}?", "answer": name}) + "\n")
+    (project.root / "files" / "generic.txt").write_text("a line\n")
+    monkeypatch.chdir(elsewhere)
+    files = {
+        "retain": "files/keep.jsonl", "utility": str(write("measure.jsonl", rows(2, "absolute"))),
+        "holdout": "files/never.jsonl", "forget": {"ada": "files/ada.jsonl", "home": "~/measure.jsonl"},
+        "generic": "files/generic.txt",
+    }  # fmt: skip
+    settings = Settings.model_validate({"benchmark": {"name": "records", **files}})
+    build_splits(project, settings)
+    assert settings.of_data()["benchmark"]["retain"] == "files/keep.jsonl", "what is frozen can be moved"
+    assert [row["question"] for row in load_split(project, "retain")] == ["files?"]
+    assert [row["answer"] for row in load_split(project, "holdout")] == ["never.jsonl"]
+    assert [row["question"] for row in load_split(project, "utility")] == ["absolute 0?", "absolute 1?"]
+    assert {name: len(part) for name, part in known_records(project).items()} == {"ada": 1, "home": 2}
+    assert generic_text(project) == ["a line"]
+
+    for path in ("../", str(tofu_folder)):
+        tofu_settings = {"name": "tofu", "path": path, "requests": 1, "records_per_request": 2}
+        build_splits(project, Settings.model_validate({"benchmark": tofu_settings}))
+        assert len(load_split(project, "retain")) == 6
+    with pytest.raises(InputError, match="project/nowhere/forget10_perturbed.jsonl: no such file"):
+        build_splits(project, Settings.model_validate({"benchmark": {"name": "tofu", "path": "nowhere"}}))
 
 
 def test_records_refuse_bad_ids_and_bad_files(write: Callable[..., Path]) -> None:

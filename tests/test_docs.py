@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from alkn import registry
 from alkn.errors import InputError
+from alkn.methods.descent_params import DescentParams, PaceParams
 from alkn.settings import Settings, load_settings
 from flows.cli import cli
 
@@ -24,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "SETTINGS.md"
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 CHOSEN = {"benchmark": registry.benchmarks, "method": registry.methods}
-ENTRY = re.compile(r"#+ ((?:Method|Benchmark) `\w+`)")
+SHARED = "Methods that descend"
+ENTRY = re.compile(rf"#+ ((?:Method|Benchmark) `\w+`|{SHARED})")
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,12 @@ def kind_of(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     kind = schema.get("type", "any")
     if kind in ("integer", "number"):
-        low, above, high = (schema.get(name) for name in ("minimum", "exclusiveMinimum", "maximum"))
+        low, above, high, below = (
+            schema.get(name) for name in ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+        )
         if low is not None and high is not None:
             return f"{kind} {low} to {high}"
-        bounds = {"≥": low, ">": above, "≤": high}
+        bounds = {"≥": low, ">": above, "≤": high, "<": below}
         return f"{kind} {', '.join(f'{sign} {bound}' for sign, bound in bounds.items() if bound is not None)}".strip()
     if kind == "array":
         return f"list of {kind_of(schema['items'])}"
@@ -84,14 +88,28 @@ def keys_of(model: type[BaseModel], prefix: str, section: str) -> Iterator[Key]:
         yield Key(section, f"{prefix}{name}", what, default)
 
 
+def shares_keys(params: type[BaseModel]) -> bool:
+    """Whether the shared table speaks for this method; where a preset changes defaults, all keys stand together."""
+    return issubclass(params, PaceParams) and "preset" not in params.model_fields
+
+
 def expected() -> list[Key]:
+    """Keys that descending methods share are listed once; below a method stands only what is its own or differs."""
     keys = list(keys_of(Settings, "", ""))
+    shared = list(keys_of(DescentParams, "method.", SHARED))
+    common = {(key.key, key.kind, key.default) for key in shared}
+    keys += shared
     for kind, prefix, entries in (
         ("Method", "method.", registry.methods),
         ("Benchmark", "benchmark.", registry.benchmarks),
     ):
         for name, entry in entries.items():
-            keys += keys_of(entry.params, prefix, f"{kind} `{name}`")
+            listed = common if shares_keys(entry.params) else set()
+            keys += [
+                key
+                for key in keys_of(entry.params, prefix, f"{kind} `{name}`")
+                if (key.key, key.kind, key.default) not in listed
+            ]
     for name, entry in registry.gates.items():
         keys += keys_of(entry.params, f"gates.{name}.", "")
     return keys
@@ -130,7 +148,7 @@ def rows_of_page() -> dict[tuple[str, str], list[str]]:
     return rows
 
 
-@pytest.mark.parametrize("key", EXPECTED, ids=lambda k: f"{k.section.split('`')[1]}:{k.key}" if k.section else k.key)
+@pytest.mark.parametrize("key", EXPECTED, ids=lambda k: f"{k.section.strip('`').split('`')[-1]}:{k.key}")
 def test_every_key_is_on_the_page_with_its_default(key: Key) -> None:
     found = rows_of_page().get((key.section, key.key))
     assert found is not None and found[:2] == [key.kind, key.default], (
@@ -168,6 +186,21 @@ def test_the_table_of_presets() -> None:
     ]
     rows = "\n".join(f"| {' | '.join(row)} |" for row in wanted)
     assert found == [(["differs in", *(f"`{p}`" for p in presets)], wanted)], f"docs/SETTINGS.md: expected\n{rows}"
+
+
+def test_the_methods_that_share_keys_are_named() -> None:
+    """Each descending method, and whether it has the retain batch of the shared table."""
+    wanted = {
+        f"`{name}`": "retain_batch" in entry.params.model_fields
+        for name, entry in registry.methods.items()
+        if shares_keys(entry.params)
+    }
+    found = [
+        {row[0]: row[2] != "none" for row in body}
+        for _, header, body in tables(PAGE.read_text(encoding="utf-8"))
+        if header == ["descends", "loss on forget records", "on retain records"]
+    ]
+    assert found == [wanted]
 
 
 def test_every_metric_is_named() -> None:

@@ -18,6 +18,7 @@ from alkn.methods.alkn_params import AlknParams
 from alkn.settings import Settings, load_settings, validate_settings
 
 REPOSITORY = Path(__file__).parent.parent
+COMPARISONS = set((REPOSITORY / "configs").glob("compare_*.yaml"))
 Load = Callable[..., Settings]
 Fails = Callable[..., str]
 
@@ -60,7 +61,7 @@ def test_defaults(load: Load) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [REPOSITORY / "params.yaml", *sorted((REPOSITORY / "configs").glob("**/*.yaml"))],
+    [REPOSITORY / "params.yaml", *sorted(set((REPOSITORY / "configs").glob("**/*.yaml")) - COMPARISONS)],
     ids=lambda p: p.name,
 )
 def test_the_files_of_this_repository_load(path: Path) -> None:
@@ -93,19 +94,24 @@ def test_unknown_keys_name_the_nearest(text: str, key: str, near: str, fails: Fa
 
 
 @pytest.mark.parametrize(
-    ("text", "kind", "found", "near"),
+    ("text", "key", "kind", "found", "near"),
     [
-        ("method: alkm", "method", "alkm", "alkn"),
-        ("method: {name: aklnn}", "method", "aklnn", "alkn"),
-        ("benchmark: peple", "benchmark", "peple", "people"),
-        ("gates: {utilty: {}}", "gate", "utilty", "utility"),
-        ("evaluation: {metrics: [rouge, probabilty]}", "metric", "rouge", "rouge_l"),
+        ("method: alkm", "method", "method", "alkm", "alkn"),
+        ("method: {name: aklnn}", "method", "method", "aklnn", "alkn"),
+        ("benchmark: peple", "benchmark", "benchmark", "peple", "people"),
+        ("gates: {utilty: {}}", "gates.utilty", "gate", "utilty", "utility"),
+        ("evaluation: {metrics: [rouge, probability]}", "evaluation.metrics", "metric", "rouge", "rouge_l"),
     ],
 )
-def test_unknown_names_name_the_nearest_and_all(text: str, kind: str, found: str, near: str, fails: Fails) -> None:
-    message = fails(text)
-    assert message.startswith(f"params.yaml: unknown {kind} '{found}'. Did you mean '{near}'? Known: ")
-    assert near in message.split("Known: ")[1].rstrip(".").split(", ")
+def test_unknown_names_name_the_key_the_nearest_and_all(
+    text: str, key: str, kind: str, found: str, near: str, fails: Fails
+) -> None:
+    """And do not hide what else is wrong in the file, before it and after it."""
+    for message in (fails(text), fails(f"seed: -1\n{text}\nrun: {{threads: 0}}").split("\n")[1]):
+        assert message.startswith(f"params.yaml: {key}: unknown {kind} '{found}'. Did you mean '{near}'? Known: ")
+        assert near in message.split("Known: ")[1].rstrip(".").split(", ")
+    lines = fails(f"seed: -1\n{text}\nrun: {{threads: 0}}").split("\n")
+    assert [line.split(": ")[1] for line in lines] == ["seed", key, "run.threads"]
 
 
 def test_a_name_like_nothing_known_gets_no_guess(fails: Fails) -> None:
@@ -232,6 +238,116 @@ def test_an_override_with_an_equals_sign_in_its_value(load: Load) -> None:
 @pytest.mark.parametrize("override", ["targets.p", "targets..p=1", ".p=1", "=1", "targets.=1"])
 def test_bad_syntax_of_an_override(override: str, fails: Fails) -> None:
     assert fails("", override).startswith(f"--set '{override}': expected KEY=VALUE with a dotted key")
+
+
+def test_all_unknown_names_and_wrong_keys_come_at_once(fails: Fails) -> None:
+    message = fails(
+        "method: {name: alkn, lr: 0, lrr: 1}\nbenchmark: peple\nevaluation: {metrics: [rouge, bleu, 3]}\n"
+        "gates: {utility: {base: 2}, forgetting: {p95: 0, q: 1}}"
+    )
+    assert [line.split(": ")[1] for line in message.split("\n")] == [
+        "benchmark", "method.lr", "method.lrr", "evaluation.metrics.2", "gates.forgetting.p95", "gates.forgetting.q",
+        "gates.utility.base",
+    ]  # fmt: skip
+    message = fails("evaluation: {metrics: [rouge, bleu]}\ngates: {utilty: {}, finit: {}}")
+    assert [(line.split(": ")[1], line.split("'")[1]) for line in message.split("\n")] == [
+        ("evaluation.metrics", "rouge"), ("evaluation.metrics", "bleu"), ("gates.utilty", "utilty"),
+        ("gates.finit", "finit"),
+    ]  # fmt: skip
+
+
+def test_an_override_of_a_section_that_the_file_leaves_out(load: Load, fails: Fails) -> None:
+    """The section's default by name, with this one parameter changed; no name is made up where there is no default."""
+    for text in ("", "seed: 1", "method:"):
+        method = load(text, "method.lr=0.5").method
+        assert (method.name, method.params) == ("alkn", AlknParams(lr=0.5))
+    assert load("", "method.lr=0.5", "method.preset=paper").method.params == AlknParams(preset="paper", lr=0.5)
+    assert load("", "method.name=task_vector", "method.lr=0.5").method.name == "task_vector"
+    assert fails("", "benchmark.facts=3").startswith("params.yaml: benchmark: expected a mapping with the key 'name'")
+    assert fails("method: {lr: 3}").startswith("params.yaml: method: expected a mapping with the key 'name'")
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("seed: 1\nrun: {threads: 1}\nseed: 2\n", [(3, "seed")]),
+        ("run:\n  threads: 1\n  device: cpu\n  threads: 1\n", [(4, "run.threads")]),
+        ("seed: 1\n'seed': 2\nrun: {threads: 1, threads: 2}\n", [(2, "seed"), (3, "run.threads")]),
+        ("gates:\n  utility: {base: 0.1,\n    base: 0.2}\n", [(3, "gates.utility.base")]),
+        ("evaluation: {metrics: [{a: 1, a: 2}]}", [(1, "evaluation.metrics.0.a")]),
+        ("run: &r {threads: 1, threads: 2, again: *r}", [(1, "run.threads")]),
+    ],
+)
+def test_a_key_that_is_given_twice(text: str, places: list[tuple[int, str]], fails: Fails) -> None:
+    """Line and key of each, whatever the values are; YAML itself takes the last one silently."""
+    found = [line.split("params.yaml ")[1] for line in fails(text).split("\n")]
+    assert found == [f"line {line}: {key}: given twice" for line, key in places]
+
+
+def test_the_same_key_in_two_sections_is_no_fault(load: Load) -> None:
+    settings = load("run: &r {threads: 3}\nbase: {training: {lr: 0.5}}\nmethod: {name: alkn, lr: 0.25}\n")
+    assert (settings.run.threads, settings.base.training.lr) == (3, 0.5)
+
+
+GOOD_CRONS = ("0 3 * * *", "*/5 0-6 1,15 * mon-fri", "0 0 1 JAN sun", "0  4 * * 7", "5 4 1-31/2 */3 0", "59 23 31 12 6")
+BAD_CRONS = {
+    "0 3 * *": "there are 4",
+    "": "there are 0",
+    "@nightly": "there are 1",
+    "0 3 * * * *": "there are 6",
+    "60 3 * * *": "minute of cron, 0 to 59",
+    "0 24 * * *": "hour of cron, 0 to 23",
+    "0 3 0 * *": "day of the month of cron, 1 to 31",
+    "0 3 * 13 *": "month of cron, 1 to 12",
+    "0 3 * * 8": "day of the week of cron, 0 to 7",
+    "0 3 * * fri-mon": "day of the week",
+    "*/0 3 * * *": "minute",
+    "0 3 * * dog": "day of the week",
+    "5-1 3 * * *": "minute",
+    "0 3, * * *": "hour",
+    "0 3 ? * *": "day of the month",
+    "0 -3 * * *": "hour",
+}
+
+
+@pytest.mark.parametrize("cron", GOOD_CRONS)
+def test_schedules(cron: str, load: Load) -> None:
+    """What is taken here, Prefect takes too."""
+    from prefect.client.schemas.schedules import CronSchedule
+
+    assert load(f"prefect: {{cron: '{cron}'}}").prefect.cron == cron
+    assert CronSchedule(cron=cron).cron == cron
+
+
+@pytest.mark.parametrize("cron", BAD_CRONS)
+def test_schedules_that_are_none(cron: str, fails: Fails) -> None:
+    message = fails(f"prefect: {{cron: '{cron}'}}")
+    assert message.startswith("params.yaml: prefect.cron: expected ") and message.endswith(f"; found {cron!r}")
+    assert BAD_CRONS[cron] in message
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///mlflow.db", "sqlite:////srv/mlflow.db", "sqlite:///../mlflow.db", "http://127.0.0.1:5000",
+        "https://mlflow.example.org/team", "postgresql://me:word@db/mlflow", "mysql+pymysql://db:3306/mlflow",
+    ],
+)  # fmt: skip
+def test_tracking_stores(uri: str, load: Load) -> None:
+    assert load(f"tracking: {{uri: '{uri}'}}").tracking.uri == uri
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "", "mlflow.db", "sqlite://mlflow.db", "sqlite:///", "sqlite:mlflow.db", "file:///mlruns", "http://", "http:x",
+        "htp://host", "127.0.0.1:5000", "http://host:port", "postgresql://", "postgresql:mlflow", "http://[::1",
+    ],
+)  # fmt: skip
+def test_tracking_stores_that_are_none(uri: str, fails: Fails) -> None:
+    message = fails(f"tracking: {{uri: '{uri}'}}")
+    assert message.startswith("params.yaml: tracking.uri: expected the address of a store: sqlite:///FILE")
+    assert message.endswith(f"; found {uri!r}")
 
 
 def test_bad_overrides(fails: Fails) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 from alkn.errors import InputError
-from alkn.registry import Params, register_benchmark
+from alkn.registry import register_benchmark
 from alkn.requests.ids import check_id
 from alkn.requests.schema import read_records
-from alkn.splits import RawRecord, Splits
+from alkn.splits import FileParams, RawRecord, Splits, path_under
 
 
-class RecordsParams(Params):
+class RecordsParams(FileParams):
     """Paths of JSON Lines (or .txt) files in one of the forms of :mod:`alkn.requests.schema`.
 
     Attributes:
@@ -27,6 +28,13 @@ class RecordsParams(Params):
     holdout: str | None = None
     forget: dict[str, str]
     generic: str | None = None
+
+    def under(self, folder: Path) -> Self:
+        """Every relative path under ``folder``."""
+        paths = {"retain": self.retain, "utility": self.utility, "holdout": self.holdout, "generic": self.generic}
+        files: dict[str, object] = {k: path_under(folder, path) for k, path in paths.items() if path is not None}
+        files["forget"] = {request_id: path_under(folder, path) for request_id, path in self.forget.items()}
+        return self.model_copy(update=files)
 
 
 @register_benchmark("records", params=RecordsParams, source="the user's own files")
@@ -48,11 +56,11 @@ def records(params: RecordsParams, *, seed: int) -> Splits:
 
 
 def _read(path: str) -> list[RawRecord]:
-    return [{k: v for k, v in row.items() if k != "id"} for row in read_records(Path(path).expanduser())]
+    return [{k: v for k, v in row.items() if k != "id"} for row in read_records(Path(path))]
 
 
 def _lines(path: str) -> list[str]:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({type(error).__name__})") from None

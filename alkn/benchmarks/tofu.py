@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field
 
 from alkn.errors import InputError
 from alkn.files import read_jsonl
-from alkn.registry import Params, register_benchmark
-from alkn.splits import RawRecord, Splits
+from alkn.registry import register_benchmark
+from alkn.splits import FileParams, RawRecord, Splits, path_under
 
 HUB = "locuslab/TOFU"
 DOMAINS = {
@@ -22,7 +22,7 @@ DOMAINS = {
 }
 
 
-class TofuParams(Params):
+class TofuParams(FileParams):
     """Which part of TOFU, and how it is cut into requests.
 
     Attributes:
@@ -40,6 +40,10 @@ class TofuParams(Params):
     records_per_request: int = Field(80, ge=1)
     holdout: str | None = "holdout10"
     generic: str = "retain90"
+
+    def under(self, folder: Path) -> Self:
+        """``path`` under ``folder`` if it is relative."""
+        return self if self.path is None else self.model_copy(update={"path": path_under(folder, self.path)})
 
 
 @register_benchmark(
@@ -73,7 +77,7 @@ def _read(params: TofuParams, config: str) -> Sequence[RawRecord]:
     folder = params.path or (os.path.join(os.environ["ALKN_DATA"], "tofu") if os.environ.get("ALKN_DATA") else None)
     if folder is None:
         return _from_hub(config)
-    path = Path(folder).expanduser() / f"{config}.jsonl"
+    path = Path(folder) / f"{config}.jsonl"
     if not path.is_file():
         raise InputError(f"{path}: no such file; benchmark.path is the folder of TOFU's configurations as JSON Lines")
     return read_jsonl(path)

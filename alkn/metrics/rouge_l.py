@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rouge_score.rouge_scorer import RougeScorer
-
 from alkn.core.measured import Measured
 from alkn.core.probe import Probe
 from alkn.registry import Params, register_metric
@@ -15,6 +13,8 @@ def rouge_l(probe: Probe, params: Params) -> Measured:
     answers = probe.generations
     if answers is None:
         return Measured.missing("evaluation.generate does not name this set")
+    from rouge_score.rouge_scorer import RougeScorer  # seconds to import, and only generated answers need it
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     pairs = zip(probe.records.references, answers, strict=True)
     return Measured.mean(

@@ -6,6 +6,7 @@ import torch
 
 from alkn.core.measured import Measured
 from alkn.core.probe import Probe
+from alkn.core.truth_ratio import ratio_of_nll
 from alkn.registry import Params, register_metric
 
 
@@ -13,15 +14,15 @@ from alkn.registry import Params, register_metric
 def truth_ratio(probe: Probe, params: Params) -> Measured:
     """TOFU's R = P(wrong) / P(paraphrased right), aggregated by what the set is for.
 
-    P(wrong) is the geometric mean over the wrong answers, as in TOFU's code (the paper's formula
-    has the arithmetic one). On a forget set the value is the mean of min(R, 1/R), high when right
-    and wrong look alike; elsewhere the mean of max(0, 1 − R), high when the model prefers the truth.
-    Both in [0, 1].
+    P(wrong) is the geometric mean over the wrong answers, as in OpenUnlearning and in TOFU's forget
+    quality (the paper's formula and TOFU's own aggregation of this score have the arithmetic one).
+    On a forget set the value is the mean of min(R, 1/R), high when right and wrong look alike;
+    elsewhere the mean of max(0, 1 − R), high when the model prefers the truth. Both in [0, 1].
     """
     right, wrong = probe.paraphrase_nll, probe.wrong_nll
     if right is None or wrong is None:
         return Measured.missing("not every record has wrong answers (perturbed_answer)")
-    ratio = torch.exp(right - torch.stack([w.mean() for w in wrong]))
+    ratio = ratio_of_nll(right, wrong)
     if probe.records.name.split("/")[0] in ("forget", "earlier"):
         values = torch.minimum(ratio, 1 / ratio)
     else:

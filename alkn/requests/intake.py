@@ -130,7 +130,7 @@ def check_fits(project: Project, settings: Settings, name: str, records: Records
     """
     model = project.base.model
     if settings.base.model is not None and not model.exists():
-        model = Path(settings.base.model).expanduser()
+        model = project.root / Path(settings.base.model).expanduser()
     if model.exists():
         tokenizer = load_tokenizer(model, trust_remote_code=settings.base.trust_remote_code)
         context = context_length(model, trust_remote_code=settings.base.trust_remote_code)

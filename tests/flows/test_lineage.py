@@ -47,6 +47,7 @@ def test_settings_curves_and_metrics_are_logged(chain: Place, client: Any, runs:
         assert curve[0].value > 0.3 > 0.05 >= curve[-1].value
         assert run.data.metrics["forget/probability"] <= 0.05
         assert run.data.metrics["gate/utility"] == 1.0
+        assert run.data.metrics["unlearning/steps"] == len(curve) - 1, "the rounds of preset 'rounds'"
         assert {"utility/customers/probability", "utility/facts/probability", "holdout/probability"} <= set(
             run.data.metrics
         )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-from conftest import Place, answers, kill, wait_for
+from conftest import PATIENCE, Place, answers, kill, wait_for
 
 DEPLOYMENT = "continual-unlearn/scheduled"
+PREFECT_YAML = Path(__file__).parents[2] / "prefect.yaml"
 
 
 class Served:
@@ -110,7 +113,7 @@ def test_a_run_takes_what_was_pending_and_the_next_what_came_meanwhile(
     second = served.run()
     assert list(place.ledger()["pending"]) == ["r001", "r003"], "r001 was decided before r003 came"
 
-    assert [first.wait(300), second.wait(300)] == [0, 0]
+    assert [first.wait(PATIENCE), second.wait(PATIENCE)] == [0, 0]
     one, two = served.runs("COMPLETED")
     assert one["end_time"] <= two["start_time"], "one run at a time"
     assert [served.tasks(run).count("unlearn") for run in (one, two)] == [1, 1]
@@ -124,10 +127,63 @@ def test_a_run_takes_what_was_pending_and_the_next_what_came_meanwhile(
     assert place.call("git", "status", "--short").stdout == ""
 
 
-def test_serving_and_server_stop_when_told(served: Served) -> None:
+def never_seen(place: Place, name: str) -> str:
+    """A file of records that no model knows: they are forgotten before anything is done."""
+    rows = [{"question": f"{name} {i}vx?", "answer": f"{i * 7919 % 9973}#qx~{i * 31 % 89}|wv{{{i}"} for i in range(4)]
+    file = place.root.parent / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_a_run_that_rejects_a_request_ends_as_failed_when_all_is_recorded(
+    served: Served, warm_alkn: Callable[..., Any]
+) -> None:
+    """One round at a rate of nothing: what the model knows is rejected, what it never knew is accepted after it."""
+    place = served.place
+    for arguments in ([place.forget("r004")], [never_seen(place, "strange"), "--id", "strange"]):
+        added = warm_alkn(place, "request", "add", *arguments)
+        assert added.returncode == 0, added.stderr
+    place.edit(method={"lr": 1e-9, "steps": 1})
+    assert served.run().wait(PATIENCE) == 1, "whoever watches the run is told by its exit status"
+
+    (failed,) = served.runs("FAILED")
+    assert failed["state"]["message"] == "rejected: r004", "ids, and nothing else"
+    assert served.tasks(failed).count("gate") == 2
+    assert list(place.ledger()["accepted"]) == ["r001", "r003", "strange"]
+    assert list(place.ledger()["rejected"]) == ["r004"] and place.ledger()["pending"] == {}
+    log = place.call("git", "log", "-2", "--format=%s").stdout.splitlines()
+    assert log == ["Record strange", "Record r004"]
+    assert place.dvc_is_clean()
+    assert place.call("git", "status", "--short").stdout == ""
+
+
+def test_serving_stops_when_told(served: Served) -> None:
     kill(served.serving, signal.SIGTERM)
     assert served.serving.returncode is not None
     assert served.deployment()["paused"] is True, "nobody is left to take what is scheduled"
+
+
+def test_a_worker_of_a_work_pool_takes_the_runs_instead(served: Served, warm_alkn: Callable[..., Any]) -> None:
+    """The commands at the head of prefect.yaml, in a project that the file was copied into."""
+    place = served.place
+    shutil.copy(PREFECT_YAML, place.root)
+    added = warm_alkn(place, "request", "add", never_seen(place, "stranger"), "--id", "stranger")
+    assert added.returncode == 0, added.stderr
+    place.call("prefect", "work-pool", "create", "--type", "process", "alkn")
+    place.call("prefect", "deploy", "--all")
+    (deployment,) = [d for d in served.ask("deployments/filter") if d["name"] == "scheduled"]
+    assert (deployment["work_pool_name"], deployment["paused"]) == ("alkn", False)
+    assert deployment["parameters"] == {"project_folder": str(place.root)}
+    worker = place.start("prefect", "worker", "start", "--pool", "alkn")
+    try:
+        assert served.run().wait(PATIENCE) == 0
+    finally:
+        kill(worker, signal.SIGTERM)
+    assert list(place.ledger()["accepted"]) == ["r001", "r003", "strange", "stranger"]
+    assert place.call("git", "status", "--short").stdout == ""
+
+
+def test_the_server_stops_when_told(served: Served) -> None:
     server = psutil.Process(served.server)
     served.place.call("prefect", "server", "stop")
     psutil.wait_procs([server], timeout=60)
