@@ -101,10 +101,14 @@ def test_what_was_only_hidden_comes_back(make_examples) -> None:
     def ascent(model: nn.Module, batch) -> torch.Tensor:
         return -answer_loss()(model, batch)
 
-    hp = Hyperparameters(lr=3e-3, epochs=4, batch_size=10)
-    fine_tune(hidden, forget, hp, loss=ascent, generator=torch.Generator().manual_seed(0))
-    regained = relearn_curve(hidden, forget, share=0.3, steps=(0, 40), lr=1e-3)
-    ceiling = relearn_curve(fresh, forget, share=0.3, steps=(0, 40), lr=1e-3)
+    # Until it is hidden, and no step more: how many that takes depends on the machine's rounding.
+    hp, generator = Hyperparameters(lr=1e-3, epochs=1, batch_size=30), torch.Generator().manual_seed(0)
+    for _ in range(100):
+        if score(hidden, forget).probability.mean() < 0.05:
+            break
+        fine_tune(hidden, forget, hp, loss=ascent, generator=generator)
+    regained = relearn_curve(hidden, forget, share=0.3, steps=(0, 40), lr=3e-3)
+    ceiling = relearn_curve(fresh, forget, share=0.3, steps=(0, 40), lr=3e-3)
     start, end = regained.points
     assert start.known.p < 0.1
     assert end.known.p > start.known.p + 0.1
