@@ -16,7 +16,7 @@ from alkn.core.training import Hyperparameters, answer_loss, cosine, fine_tune, 
 from alkn.core.unlearning import seed_of
 from alkn.encoding import Encoder
 from alkn.errors import AlknError, InputError
-from alkn.evaluation import evaluate_model, headline
+from alkn.evaluation import Measurements, headline, measure_model
 from alkn.files import digest_of, digest_of_value, remove, write_json, write_via
 from alkn.manifest import write_manifest
 from alkn.models import (
@@ -65,14 +65,16 @@ def make_base(project: Project, settings: Settings, *, progress: Progress = no_p
     else:
         _link(base.model, project.root / Path(settings.base.model).expanduser())
         trained = {}
-    metrics = _evaluate(project, settings, runtime, progress)
+    measured = _evaluate(project, settings, runtime, progress)
+    metrics = measured.numbers()
     _check_level(metrics, settings)
     write_json(base.evaluation, metrics)
+    write_json(base.per_record, measured.per_record())
     write_json(base.metrics, headline(metrics))
     return write_manifest(
         base,
         inputs=base_inputs(project, settings),
-        outputs=(base.model, base.evaluation, base.metrics),
+        outputs=(base.model, base.evaluation, base.per_record, base.metrics),
         seed=settings.seed,
         facts={**trained, "seconds": {"total": round(time.monotonic() - started, 1)}},
     )
@@ -172,7 +174,7 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target.resolve(), target_is_directory=True)
 
 
-def _evaluate(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> dict[str, Any]:
+def _evaluate(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> Measurements:
     path = project.base.model
     remote = settings.base.trust_remote_code
     tokenizer = load_tokenizer(path, trust_remote_code=remote)
@@ -180,7 +182,7 @@ def _evaluate(project: Project, settings: Settings, runtime: Runtime, progress: 
     model = load_model(path, device=runtime.device, trust_remote_code=remote)
     sets = project_sets(project, encoder)
     sets += [encoder.record_set(f"known/{name}", records) for name, records in known_records(project).items()]
-    return evaluate_model(model, sets, encoder, settings.evaluation, eos=tokenizer.eos_token_id, progress=progress)
+    return measure_model(model, sets, encoder, settings.evaluation, eos=tokenizer.eos_token_id, progress=progress)
 
 
 def _check_level(metrics: dict[str, Any], settings: Settings) -> None:

@@ -30,7 +30,7 @@ def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, A
         "cmd": "alkn stage base",
         **({"deps": split_deps} if splits else {}),
         "params": [{"steps/base/params.yaml": BASE_PARAMS}],
-        "outs": [model_out, "steps/base/evaluation.json"],
+        "outs": [model_out, "steps/base/evaluation.json", "steps/base/per_record.json"],
         "metrics": ["steps/base/metrics.json"],
     }
     stages["step"] = {
@@ -52,6 +52,7 @@ def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, A
                     "state.safetensors",
                     "unlearning.json",
                     "evaluation.json",
+                    "per_record.json",
                     "gate.json",
                 )
             ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -17,7 +18,39 @@ from alkn.settings import Evaluation
 WORST = 5
 
 
-def evaluate_model(
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of one model.
+
+    Attributes:
+        sets: set -> metric -> value or reason, with the records' values.
+        model: metric -> value or reason.
+    """
+
+    sets: Mapping[str, Mapping[str, Measured]]
+    model: Mapping[str, Measured]
+
+    def numbers(self) -> dict[str, Any]:
+        """The content of evaluation.json.
+
+        ``sets`` -> set -> metric -> value, with the 95th percentile and the worst record numbers of P;
+        ``model`` -> metric -> value; ``missing`` -> ``set.metric`` -> the reason.
+        """
+        return _as_numbers(self.sets, self.model)
+
+    def per_record(self) -> dict[str, Any]:
+        """The content of per_record.json: set -> metric -> record number, as text -> value; no text of a record."""
+        return {
+            set_name: {
+                name: {str(number): value for number, value in result.per_record.items()}
+                for name, result in measured.items()
+                if result.per_record
+            }
+            for set_name, measured in self.sets.items()
+        }
+
+
+def measure_model(
     model: nn.Module,
     sets: Sequence[RecordSet],
     encoder: Encoder,
@@ -25,7 +58,7 @@ def evaluate_model(
     *,
     eos: int,
     progress: Progress = no_progress,
-) -> dict[str, Any]:
+) -> Measurements:
     """Every metric on every set.
 
     Args:
@@ -35,10 +68,6 @@ def evaluate_model(
         settings: which metrics, and where the model writes answers.
         eos: end-of-sequence id.
         progress: told about every set.
-
-    Returns:
-        ``sets`` -> set -> metric -> value, with the 95th percentile and the worst record numbers of P;
-        ``model`` -> metric -> value; ``missing`` -> ``set.metric`` -> the reason.
     """
     measured: dict[str, dict[str, Measured]] = {}
     for done, records in enumerate(sets):
@@ -63,7 +92,20 @@ def evaluate_model(
         for name in settings.metrics
         if registry.metrics[name].scope == "model"
     }
-    return _as_numbers(measured, whole)
+    return Measurements(measured, whole)
+
+
+def evaluate_model(
+    model: nn.Module,
+    sets: Sequence[RecordSet],
+    encoder: Encoder,
+    settings: Evaluation,
+    *,
+    eos: int,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """The numbers of :func:`measure_model` alone, see :meth:`Measurements.numbers`."""
+    return measure_model(model, sets, encoder, settings, eos=eos, progress=progress).numbers()
 
 
 def headline(evaluation: Mapping[str, Any]) -> dict[str, Any]:

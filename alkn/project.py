@@ -55,6 +55,11 @@ class Step:
         return self.folder / "evaluation.json"
 
     @property
+    def per_record(self) -> Path:
+        """Set -> metric -> record number -> value: numbers only, no text."""
+        return self.folder / "per_record.json"
+
+    @property
     def metrics(self) -> Path:
         """The few numbers that people and ``dvc metrics show`` read first."""
         return self.folder / "metrics.json"
@@ -77,7 +82,10 @@ class Step:
     @property
     def outputs(self) -> tuple[Path, ...]:
         """What DVC holds of a step, in the order it is made."""
-        return (self.model, self.task_vector, self.state, self.unlearning, self.evaluation, self.metrics, self.gate)
+        return (
+            self.model, self.task_vector, self.state, self.unlearning, self.evaluation, self.per_record, self.metrics,
+            self.gate,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from alkn.core.task_vector import TaskVector
 from alkn.core.unlearning import Outcome, StopRule, Task, seed_of
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
-from alkn.evaluation import evaluate_model, headline
+from alkn.evaluation import headline, measure_model
 from alkn.evidence import Evidence
 from alkn.files import (
     digest_of,
@@ -123,7 +123,10 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
 
 
 def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progress) -> dict[str, Any]:
-    """Read the candidate back from disk and measure it on every set; write evaluation.json and metrics.json."""
+    """Read the candidate back from disk and measure it on every set.
+
+    Writes evaluation.json, per_record.json and metrics.json.
+    """
     step = project.step(plan.request)
     runtime = Runtime(plan.settings.run)
     remote = plan.settings.base.trust_remote_code
@@ -135,11 +138,13 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
     sets = [encoder.record_set("forget", read_jsonl(project.request(plan.request)))]
     sets += [_earlier(project, encoder, name) for name in plan.earlier]
     sets += project_sets(project, encoder)
-    metrics = evaluate_model(
+    measured = measure_model(
         model, sets, encoder, plan.settings.evaluation, eos=tokenizer.eos_token_id, progress=progress
     )
+    metrics = measured.numbers()
     if is_main():
         write_json(step.evaluation, metrics)
+        write_json(step.per_record, measured.per_record())
         write_json(step.metrics, headline(metrics))
     wait()
     return metrics
