@@ -6,7 +6,7 @@ from typing import Any
 
 DATA_PARAMS = ["seed", "benchmark"]
 BASE_PARAMS = ["seed", "data", "base", "evaluation", "run"]
-STEP_PARAMS = ["seed", "data", "base", "method", "targets", "evaluation", "gates", "run"]
+STEP_PARAMS = ["seed", "data", "base", "method", "targets", "evaluation", "attacks", "gates", "run"]
 
 
 def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, Any]:
@@ -53,6 +53,7 @@ def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, A
                     "unlearning.json",
                     "evaluation.json",
                     "per_record.json",
+                    "attacks.json",
                     "gate.json",
                 )
             ],

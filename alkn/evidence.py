@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import Field
@@ -68,6 +68,7 @@ class Evidence:
 
     Attributes:
         step, parent, base: evaluations, see :func:`alkn.evaluation.evaluate_model`.
+        attacks: attack -> its curve, see :func:`alkn.attacking.run_attacks`.
         limits: the targets as numbers.
         reached: whether the method met its own stop rule.
         finite_weights: whether every weight of the stored model is a finite number.
@@ -79,6 +80,7 @@ class Evidence:
     limits: StopRule
     reached: bool
     finite_weights: bool
+    attacks: Mapping[str, Any] = field(default_factory=dict)
 
     def value(self, where: str, set_name: str, metric: str) -> float | None:
         """A set's value in ``step``, ``parent`` or ``base``."""

@@ -65,6 +65,11 @@ class Step:
         return self.folder / "metrics.json"
 
     @property
+    def attacks(self) -> Path:
+        """What attacks bring back, a curve each; of a step only."""
+        return self.folder / "attacks.json"
+
+    @property
     def gate(self) -> Path:
         """The verdict with every gate's checks."""
         return self.folder / "gate.json"
@@ -83,8 +88,8 @@ class Step:
     def outputs(self) -> tuple[Path, ...]:
         """What DVC holds of a step, in the order it is made."""
         return (
-            self.model, self.task_vector, self.state, self.unlearning, self.evaluation, self.per_record, self.metrics,
-            self.gate,
+            self.model, self.task_vector, self.state, self.unlearning, self.evaluation, self.per_record, self.attacks,
+            self.metrics, self.gate,
         )  # fmt: skip
 
 

@@ -227,6 +227,22 @@ def _gates(value: Any) -> Any:
     return out
 
 
+def _attacks(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("expected a mapping of attack names to their budgets; {} switches all of them off")
+    _refuse_unknown(registry.attacks, {str(name): str(name) for name in value})
+    out: dict[str, Params] = {}
+    faults: list[tuple[str, str]] = []
+    for name, params in value.items():
+        try:
+            out[name] = _parameters(registry.attacks[name], {} if params is None else params)
+        except WrongKeys as wrong:
+            faults += [(f"{name}.{key}".rstrip("."), fault) for key, fault in wrong.faults]
+    if faults:
+        raise WrongKeys(faults)
+    return out
+
+
 class Settings(Params):
     """Everything that steers a project. See docs/SETTINGS.md for every key, unit and default."""
 
@@ -239,6 +255,9 @@ class Settings(Params):
     lora: Annotated[Lora, BeforeValidator(_empty_if_null)] = Lora()
     targets: Targets = Targets()
     evaluation: Evaluation = Evaluation()
+    attacks: Annotated[dict[str, Any], BeforeValidator(_attacks)] = Field(
+        default={"relearning": {}, "quantization": {}}, validate_default=True
+    )
     gates: Annotated[dict[str, Any], BeforeValidator(_gates)] = Field(default={}, validate_default=True)
     run: Run = Run()
     tracking: Tracking = Tracking()
@@ -264,7 +283,7 @@ class Settings(Params):
 
         ``lora`` is in it only where adapters are trained: what was frozen before there were any stays the same.
         """
-        keys = dict.fromkeys(("seed", "data", "method", "targets", "evaluation", "gates", "run"), True)
+        keys = dict.fromkeys(("seed", "data", "method", "targets", "evaluation", "attacks", "gates", "run"), True)
         if self.lora.rank is not None:
             keys["lora"] = True
         return dict(self.model_dump(mode="json", include={**keys, "base": {"trust_remote_code"}}))

@@ -1,4 +1,4 @@
-"""One step of the chain: plan, unlearn, evaluate, gate. Each part is safe to enter again.
+"""One step of the chain: plan, unlearn, evaluate, attack, gate. Each part is safe to enter again.
 
 The manifest decides whether a step is done; ``unlearning.json`` decides, inside a step that was
 cut off, whether the unlearning is done. Everything else is made again.
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alkn import registry
+from alkn.attacking import attack_step
 from alkn.base import project_sets
 from alkn.core.distributed import is_main, joined, local, refuse_split, wait
 from alkn.core.probe import RecordSet
@@ -157,6 +158,7 @@ def gate_step(project: Project, plan: Plan, unlearned: Unlearned, *, seconds: Ma
         step=read_json(step.evaluation),
         parent=read_json(project.step(plan.previous).evaluation),
         base=read_json(project.base.evaluation),
+        attacks=read_json(step.attacks),
         limits=plan.limits,
         reached=unlearned.reached,
         finite_weights=_finite(step),
@@ -213,6 +215,7 @@ def make_step(
     started = time.monotonic()
     unlearned = unlearn_step(project, plan, progress=progress)
     evaluate_step(project, plan, progress=progress)
+    attack_step(project, plan, progress=progress)
     return gate_step(project, plan, unlearned, seconds={"total": time.monotonic() - started})
 
 

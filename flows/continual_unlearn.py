@@ -16,6 +16,7 @@ from alkn.records import Sealed
 from alkn.requests.ledger import load_ledger
 from alkn.settings import Settings
 from alkn.step import sealed_step
+from tasks.attack import attack
 from tasks.evaluate import evaluate
 from tasks.gate import gate
 from tasks.prepare import prepare_base, prepare_data
@@ -71,13 +72,15 @@ def continual_unlearn(
 
 
 def process(project: Project, request: str, settings: Settings, chain_run: str | None) -> Sealed:
-    """One request: version → unlearn → evaluate → nominate → gate → record."""
+    """One request: version → unlearn → evaluate → attack → nominate → gate → record."""
     sealed = sealed_step(project, request)
     if sealed is None:
         plan = version(project, request, settings)
         unlearned = unlearn(project, plan)
         evaluation = evaluate(project, plan)
+        attacked = attack(project, plan)
         nominate(project, plan, chain_run)
-        sealed = gate(project, plan, unlearned, evaluation["seconds"])
+        seconds = {"evaluate": evaluation["seconds"], "attack": attacked["seconds"]}
+        sealed = gate(project, plan, unlearned, seconds)
     record(project, sealed, settings)
     return sealed

@@ -168,6 +168,8 @@ class Tracker(_Store):
             self._log_settings(run_id, step)
             self._log_rounds(run_id, report)
             self._log_evaluation(run_id, read_json(step.evaluation))
+            if step.attacks.is_file():  # steps of older versions have none
+                self._log_attacks(run_id, read_json(step.attacks))
             self._log_datasets(run_id, request_id, inputs)
             version = self._register(run_id, step, report["outputs"]["model"], parent_digest=inputs["parent"])
             self._client.set_registered_model_alias(self._settings.project.name, "candidate", version)
@@ -259,6 +261,18 @@ class Tracker(_Store):
         for name, reason in metrics["missing"].items():
             self._client.set_tag(run_id, f"missing.{name.replace('/', '.')}", reason[:500])
 
+    def _log_attacks(self, run_id: str, report: Mapping[str, Any]) -> None:
+        """A curve an attack and number; an MLflow step is what was spent, in the curve's own unit."""
+        for attack, curve in report.items():
+            if attack == "missing":
+                continue
+            for point in curve["points"]:
+                of = f"attack/{attack}{'.' + point['name'] if 'name' in point else ''}"
+                numbers = {f"{of}/{metric}": point[metric] for metric in ("probability", "exact_memorization")}
+                self._log_numbers(run_id, numbers, step=int(point["at"]))
+        for attack, reason in report["missing"].items():
+            self._client.set_tag(run_id, f"missing.attack.{attack}", reason[:500])
+
     def _log_datasets(self, run_id: str, request_id: str, inputs: Mapping[str, str]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -318,8 +332,9 @@ class Tracker(_Store):
         self._log_numbers(run_id, numbers | seconds)
         for outputs in self._client.get_run(run_id).outputs.model_outputs:
             self._client.log_model_artifact(outputs.model_id, str(step.manifest))
-        for path in (step.manifest, step.evaluation, step.gate, step.unlearning):
-            self._client.log_artifact(run_id, str(path))
+        for path in (step.manifest, step.evaluation, step.attacks, step.gate, step.unlearning):
+            if path.is_file():
+                self._client.log_artifact(run_id, str(path))
         if manifest["failed"]:
             self._client.set_tag(run_id, "alkn.failed", "; ".join(manifest["failed"])[:4000])
 

@@ -160,6 +160,7 @@ TINY: dict[str, Any] = {
         "training": {"epochs": 50, "batch_size": 8, "until": 0.8, "lr": 0.005},
     },
     "targets": {"p": 0.05, "exact_memorization": 0.4},
+    "attacks": {"relearning": {"steps": [0, 2], "share": 0.25}, "quantization": {"bits": [4]}},
     "gates": {"utility": {"base": 0.05, "parent": 0.05}, "no_return": {"slack": 3}},
     "evaluation": {"max_new_tokens": 8},
     "run": {"threads": 1},

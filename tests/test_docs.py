@@ -110,8 +110,9 @@ def expected() -> list[Key]:
                 for key in keys_of(entry.params, prefix, f"{kind} `{name}`")
                 if (key.key, key.kind, key.default) not in listed
             ]
-    for name, entry in registry.gates.items():
-        keys += keys_of(entry.params, f"gates.{name}.", "")
+    for prefix, listed_below in (("attacks", registry.attacks), ("gates", registry.gates)):
+        for name, entry in listed_below.items():
+            keys += keys_of(entry.params, f"{prefix}.{name}.", "")
     return keys
 
 
@@ -164,12 +165,12 @@ def test_the_defaults_are_what_an_empty_file_gives() -> None:
     """A default that a validator changes would make the page lie."""
     settings = Settings()
     for key in EXPECTED:
-        if key.section == "" and key.key.split(".")[0] not in (*CHOSEN, "gates"):
+        if key.section == "" and key.key.split(".")[0] not in (*CHOSEN, "attacks", "gates"):
             value: Any = settings
             for part in key.key.split("."):
                 value = getattr(value, part)
             assert f"`{written(value)}`" == key.default, key.key
-    for entry in (*registry.methods.values(), *registry.gates.values()):
+    for entry in (*registry.methods.values(), *registry.attacks.values(), *registry.gates.values()):
         for name, field in entry.params.model_fields.items():
             assert getattr(entry.params(), name) == field.get_default(), name
 

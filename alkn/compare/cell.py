@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from alkn import chain
+from alkn.attacking import attack_step
 from alkn.compare.config import Cell, Comparison
 from alkn.compare.final import make_references, measure_final
 from alkn.core.scoring import Progress
@@ -208,6 +209,7 @@ def _step(project: Project, plan: Plan, ahead: list[str], progress: Progress) ->
     started = time.monotonic()
     evaluate_step(project, plan, progress=progress)
     _measure_ahead(project, plan, ahead, progress)
+    attack_step(project, plan, progress=progress)
     seconds["evaluate"] = time.monotonic() - started
     gate_step(project, plan, unlearned, seconds=seconds)
 

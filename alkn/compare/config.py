@@ -18,8 +18,9 @@ from alkn.registry import Params
 from alkn.settings import Settings, explain, read_mapping, validate_settings
 from alkn.splits import FileParams
 
-DEFAULTS: dict[str, dict[str, Any]] = {"run": {"threads": 1}, "evaluation": {"generate": []}}
-"""Below the settings of the file: cells share the cores, and writing answers is what costs in an evaluation."""
+DEFAULTS: dict[str, dict[str, Any]] = {"run": {"threads": 1}, "evaluation": {"generate": []}, "attacks": {}}
+"""Below the settings of the file: cells share the cores, writing answers is what costs in an evaluation, and
+attacks are run on the last model."""
 
 
 class Entry(Params):

@@ -33,6 +33,7 @@ base:
   training: {epochs: 50, batch_size: 8, until: 0.8}
 method: {name: alkn, preset: rounds, steps: 40, lr: 0.0005, epochs: 2, batch_size: 4, share: 0.1}
 targets: {p: 0.05, exact_memorization: 0.4}
+attacks: {relearning: {steps: [0, 2]}, quantization: {bits: [4]}}
 gates: {utility: {base: 0.05, parent: 0.05}, no_return: {slack: 3}}
 evaluation: {max_new_tokens: 16}
 run: {threads: 1}

@@ -52,7 +52,7 @@ def test_settings_curves_and_metrics_are_logged(chain: Place, client: Any, runs:
             run.data.metrics
         )
         names = {file.path for file in client.list_artifacts(run.info.run_id)}
-        assert names == {"manifest.json", "evaluation.json", "gate.json", "unlearning.json"}
+        assert names == {"manifest.json", "evaluation.json", "attacks.json", "gate.json", "unlearning.json"}
     assert "earlier/r001/probability" in runs["r002"].data.metrics
 
 
@@ -99,6 +99,7 @@ def test_a_model_is_candidate_until_its_gate(ready: Place, fresh: Callable[..., 
     plan = begin_step(project, "r001", settings)
     steps.unlearn_step(project, plan)
     steps.evaluate_step(project, plan)
+    steps.attack_step(project, plan)
     tracker = Tracker(project, settings)
     tracker.log_base()
     tracker.nominate("r001", inputs=plan.inputs, chain_run=None)
