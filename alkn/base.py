@@ -11,6 +11,7 @@ from typing import Any
 from torch import Generator, nn
 from transformers import PreTrainedTokenizerBase
 
+from alkn.core.probe import References
 from alkn.core.scoring import Example, Progress, no_progress
 from alkn.core.training import Hyperparameters, answer_loss, cosine, fine_tune, steps_of
 from alkn.core.unlearning import seed_of
@@ -182,7 +183,15 @@ def _evaluate(project: Project, settings: Settings, runtime: Runtime, progress: 
     model = load_model(path, device=runtime.device, trust_remote_code=remote)
     sets = project_sets(project, encoder)
     sets += [encoder.record_set(f"known/{name}", records) for name, records in known_records(project).items()]
-    return measure_model(model, sets, encoder, settings.evaluation, eos=tokenizer.eos_token_id, progress=progress)
+    return measure_model(
+        model,
+        sets,
+        encoder,
+        settings.evaluation,
+        eos=tokenizer.eos_token_id,
+        progress=progress,
+        references=lambda _: References(reason="reference models are made after the base model"),
+    )
 
 
 def _check_level(metrics: dict[str, Any], settings: Settings) -> None:

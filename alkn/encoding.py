@@ -66,6 +66,15 @@ class Encoder:
         """Token ids of an answer alone, as it stands after a question: a space before it, end of sequence after it."""
         return torch.tensor(self._completion(" " + text))
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self._tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self._ids(text)
+
     def decode(self, ids: list[int]) -> str:
         """Text of generated tokens."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

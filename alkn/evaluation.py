@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from alkn import registry
 from alkn.core.measured import Measured
-from alkn.core.probe import Probe, RecordSet
+from alkn.core.probe import Probe, RecordSet, References
 from alkn.core.scoring import Progress, no_progress
+from alkn.core.view import View
 from alkn.encoding import Encoder
 from alkn.settings import Evaluation
 
 WORST = 5
+HOLDOUT = "holdout"
+
+ReferencesOf = Callable[[str], References]
+"""A set's name -> the set under models that never saw it."""
+
+
+def none_of(set_name: str) -> References:
+    """The default :data:`ReferencesOf`: there is no reference model."""
+    return References()
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,7 @@ class Measurements:
         return {
             set_name: {
                 name: {str(number): value for number, value in result.per_record.items()}
-                for name, result in measured.items()
+                for name, result in _with_parts(measured).items()
                 if result.per_record
             }
             for set_name, measured in self.sets.items()
@@ -58,6 +69,8 @@ def measure_model(
     *,
     eos: int,
     progress: Progress = no_progress,
+    references: ReferencesOf = none_of,
+    base: Callable[[], nn.Module] | None = None,
 ) -> Measurements:
     """Every metric on every set.
 
@@ -68,31 +81,50 @@ def measure_model(
         settings: which metrics, and where the model writes answers.
         eos: end-of-sequence id.
         progress: told about every set.
+        references: a set's name -> the set under reference models.
+        base: loads the model that the chain began with, where ``model`` is not that one.
     """
+    probes = _probes(model, sets, encoder, settings, eos, references)
     measured: dict[str, dict[str, Measured]] = {}
-    for done, records in enumerate(sets):
+    for done, (name, probe) in enumerate(probes.items()):
         progress("evaluate", done, len(sets))
+        measured[name] = {
+            chosen.name: registry.metrics[chosen.name].call(probe, chosen.params)
+            for chosen in settings.metrics
+            if registry.metrics[chosen.name].scope == "records" and registry.metrics[chosen.name].looks_at(name)
+        }
+    progress("evaluate", len(sets), len(sets))
+    view = View(measured, probes, model, encoder, eos, base)
+    whole = {
+        chosen.name: registry.metrics[chosen.name].call(view, chosen.params)
+        for chosen in settings.metrics
+        if registry.metrics[chosen.name].scope == "model"
+    }
+    return Measurements(measured, whole)
+
+
+def _probes(
+    model: nn.Module,
+    sets: Sequence[RecordSet],
+    encoder: Encoder,
+    settings: Evaluation,
+    eos: int,
+    references: ReferencesOf,
+) -> dict[str, Probe]:
+    """The model before each set; the holdout's is known to all others."""
+    probes: dict[str, Probe] = {}
+    for records in sorted(sets, key=lambda one: one.name != HOLDOUT):
         generate = records.name.split("/")[0] in settings.generate
-        probe = Probe(
+        probes[records.name] = Probe(
             model,
             records,
             decode=encoder.decode,
             eos=eos,
             max_new_tokens=settings.max_new_tokens if generate else None,
+            holdout=probes.get(HOLDOUT),
+            references=partial(references, records.name),
         )
-        measured[records.name] = {
-            name: registry.metrics[name].call(probe, registry.Params())
-            for name in settings.metrics
-            if registry.metrics[name].scope == "records"
-        }
-    progress("evaluate", len(sets), len(sets))
-    utility = {n.split("/", 1)[1]: m for n, m in measured.items() if n.startswith("utility/")}
-    whole = {
-        name: registry.metrics[name].call(utility, registry.Params())
-        for name in settings.metrics
-        if registry.metrics[name].scope == "model"
-    }
-    return Measurements(measured, whole)
+    return {records.name: probes[records.name] for records in sets}
 
 
 def evaluate_model(
@@ -133,19 +165,30 @@ def _as_numbers(measured: Mapping[str, Mapping[str, Measured]], whole: Mapping[s
     sets: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for set_name, values in measured.items():
-        row: dict[str, Any] = {}
-        for name, result in values.items():
-            if result.value is None:
-                missing[f"{set_name}.{name}"] = result.reason
-            else:
-                row[name] = result.value
+        sets[set_name], reasons = _row(values)
+        missing |= {f"{set_name}.{name}": reason for name, reason in reasons.items()}
         knowledge = values.get("probability")
         if knowledge is not None and knowledge.per_record:
+            row = sets[set_name]
             row["probability_p95"] = knowledge.percentile(95)
             worst = sorted(knowledge.per_record.items(), key=lambda item: (-item[1], item[0]))
             row["probability_worst"] = worst[0][1]
             row["worst_records"] = [number for number, _ in worst[:WORST]]
-        sets[set_name] = row
-    model = {name: result.value for name, result in whole.items() if result.value is not None}
-    missing |= {name: result.reason for name, result in whole.items() if result.value is None}
-    return {"sets": sets, "model": model, "missing": missing}
+    model, reasons = _row(whole)
+    return {"sets": sets, "model": model, "missing": missing | reasons}
+
+
+def _row(values: Mapping[str, Measured]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Metric -> value, and metric -> why it has none."""
+    flat = _with_parts(values)
+    row = {name: result.value for name, result in flat.items() if result.value is not None}
+    return row, {name: result.reason for name, result in flat.items() if result.value is None}
+
+
+def _with_parts(values: Mapping[str, Measured]) -> dict[str, Measured]:
+    """The metrics, each followed by its parts as ``metric_part``."""
+    flat: dict[str, Measured] = {}
+    for name, result in values.items():
+        flat[name] = result
+        flat |= {f"{name}_{part}": value for part, value in result.parts.items()}
+    return flat

@@ -164,6 +164,23 @@ def adopt_reference(project: Project, path: Path) -> Reference:
     return Reference(step.folder, manifest["outputs"]["model"], manifest, cached=False)
 
 
+def open_reference(project: Project, name: str) -> Reference:
+    """The reference model in ``reference/<name>``, checked against its manifest.
+
+    Raises:
+        InputError: if there is none.
+        ChainBroken: if its model is not the one that its manifest holds.
+    """
+    step = Step(project.root / "reference" / name)
+    manifest = read_manifest(step)
+    if manifest is None:
+        raise InputError(
+            f"evaluation.references: there is no reference model reference/{name}; 'alkn reference' makes one and"
+            " says its name"
+        )
+    return _opened(step, manifest)
+
+
 def reference_ratios(
     reference: Reference, records: Mapping[str, Records], settings: Settings
 ) -> dict[str, TruthRatios]:
@@ -277,8 +294,10 @@ def _known(step: Step, inputs: Mapping[str, str]) -> Reference | None:
         ChainBroken: if its model is not the one that its manifest holds.
     """
     manifest = read_manifest(step)
-    if manifest is None or manifest["inputs"] != dict(inputs):
-        return None
+    return None if manifest is None or manifest["inputs"] != dict(inputs) else _opened(step, manifest)
+
+
+def _opened(step: Step, manifest: Mapping[str, Any]) -> Reference:
     if not outputs_hold(step, manifest):
         raise ChainBroken(
             f"reference/{step.id}/model is missing or was changed after it was made; remove reference/{step.id} to have"

@@ -28,7 +28,8 @@ class Params(BaseModel):
 class Entry:
     """One registered callable with its parameters' type, where it comes from and what it looks at.
 
-    ``scope`` is ``records`` for what looks at one set of records, ``model`` for what looks at all.
+    ``scope`` is ``records`` for what looks at one set of records, ``model`` for what looks at all. ``sets`` are the
+    kinds of sets that it makes sense on (``forget``, ``earlier``, ...); none named: all.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Entry:
     params: type[Params]
     source: str
     scope: str = "records"
+    sets: tuple[str, ...] = ()
+
+    def looks_at(self, set_name: str) -> bool:
+        """Whether it is computed on a set of this name."""
+        return not self.sets or set_name.split("/")[0] in self.sets
 
 
 class Registry(Mapping[str, Entry]):
@@ -55,14 +61,20 @@ class Registry(Mapping[str, Entry]):
                 importlib.import_module(f"{self._package}.{module.name}")
 
     def register(
-        self, name: str, *, params: type[Params] = Params, source: str, scope: str = "records"
+        self,
+        name: str,
+        *,
+        params: type[Params] = Params,
+        source: str,
+        scope: str = "records",
+        sets: tuple[str, ...] = (),
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator that enters a callable under ``name``; a name that is taken is refused."""
 
         def enter(call: Callable[..., Any]) -> Callable[..., Any]:
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is already registered")
-            self._entries[name] = Entry(name, call, params, source, scope)
+            self._entries[name] = Entry(name, call, params, source, scope, sets)
             return call
 
         return enter

@@ -273,7 +273,7 @@ def reference(without: str | None, seed: int, path: Path | None, as_json: bool) 
             )
     told = ("without", "seed", "records", "left_out", "retain", "forgotten")
     facts = {name: made.manifest[name] for name in told if name in made.manifest}
-    answer = {"path": str(made.model), "digest": made.digest, "cached": made.cached, **facts}
+    answer = {"name": made.folder.name, "path": str(made.model), "digest": made.digest, "cached": made.cached, **facts}
     if as_json:
         _say(json.dumps(answer))
         return

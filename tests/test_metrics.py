@@ -17,6 +17,7 @@ from alkn.core.measured import Measured
 from alkn.core.probe import Probe, RecordSet
 from alkn.core.scoring import Example
 from alkn.core.training import Hyperparameters, answer_loss, fine_tune
+from alkn.core.view import View
 from alkn.encoding import Encoder
 from alkn.metrics.extraction_strength import strength
 from alkn.models import Architecture, new_model
@@ -254,24 +255,30 @@ def domains(values: Sequence[Sequence[float]]) -> dict[str, dict[str, Measured]]
     }
 
 
+def utility_of(given: dict[str, dict[str, Measured]]) -> Measured:
+    """Beside sets that do not count."""
+    others = {"forget": {"probability": Measured(0.0)}, "retain/domain0": {"rouge_l": Measured.missing("not asked")}}
+    return measure("model_utility", View({f"utility/{name}": row for name, row in given.items()} | others))
+
+
 def test_model_utility_against_scipy() -> None:
     """Harmonic mean of all nine numbers of three domains; other metrics do not count."""
     values = np.random.default_rng(1).uniform(0.05, 1, (3, 3))
     given = domains(values.tolist())
     given["domain0"]["exact_memorization"] = Measured(0.0)
-    assert measure("model_utility", given).value == pytest.approx(hmean(values.reshape(-1)), rel=1e-12)
+    assert utility_of(given).value == pytest.approx(hmean(values.reshape(-1)), rel=1e-12)
 
 
 def test_model_utility_is_zero_where_one_part_is() -> None:
-    assert measure("model_utility", domains([[0.9, 0.9, 0.9], [0.9, 0.0, 0.9]])).value == 0.0
+    assert utility_of(domains([[0.9, 0.9, 0.9], [0.9, 0.0, 0.9]])).value == 0.0
 
 
 def test_model_utility_says_what_is_missing() -> None:
     """A part without a value, a part that is not measured, no domain at all."""
     given = domains([[0.9, 0.9, 0.9], [0.9, 0.9, 0.9]])
     given["domain1"]["rouge_l"] = Measured.missing("evaluation.generate does not name this set")
-    result = measure("model_utility", given)
+    result = utility_of(given)
     assert result.value is None and result.reason.startswith("domain1: rouge_l: evaluation.generate")
     del given["domain1"]["rouge_l"]
-    assert measure("model_utility", given).reason == "evaluation.metrics does not name rouge_l"
-    assert measure("model_utility", {}).reason == "there is no utility set"
+    assert utility_of(given).reason == "evaluation.metrics does not name rouge_l"
+    assert utility_of({}).reason == "there is no utility set"

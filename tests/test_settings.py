@@ -56,7 +56,7 @@ def test_defaults(load: Load) -> None:
     assert list(settings.gates) == list(registry.gates)
     assert all(params.enabled is None for params in settings.gates.values())
     assert settings.benchmark is None and settings.git.commit is False
-    assert set(settings.evaluation.metrics) <= set(registry.metrics)
+    assert {metric.name for metric in settings.evaluation.metrics} <= set(registry.metrics)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_unknown_keys_name_the_nearest(text: str, key: str, near: str, fails: Fa
         ("method: {name: aklnn}", "method", "method", "aklnn", "alkn"),
         ("benchmark: peple", "benchmark", "benchmark", "peple", "people"),
         ("gates: {utilty: {}}", "gates.utilty", "gate", "utilty", "utility"),
-        ("evaluation: {metrics: [rouge, probability]}", "evaluation.metrics", "metric", "rouge", "rouge_l"),
+        ("evaluation: {metrics: [rouge, probability]}", "evaluation.metrics.0", "metric", "rouge", "rouge_l"),
     ],
 )
 def test_unknown_names_name_the_key_the_nearest_and_all(
@@ -147,7 +147,7 @@ def test_a_name_like_nothing_known_gets_no_guess(fails: Fails) -> None:
         ("data: {question_template: 'Q:'}", "data.question_template", "match pattern", "'Q:'"),
         ("evaluation: {generate: [forgt]}", "evaluation.generate.0", "'forget', 'earlier'", "'forgt'"),
         ("evaluation: {metrics: [probability]}", "evaluation.metrics", "missing: exact_memorization", "a list"),
-        ("evaluation: {metrics: [probability, 1]}", "evaluation.metrics.1", "a valid string", "1"),
+        ("evaluation: {metrics: [probability, 1]}", "evaluation.metrics.1", "a mapping with the key 'name'", "1"),
         ("method: {name: alkn, lr: fast}", "method.lr", "a valid number", "'fast'"),
         ("method: {name: alkn, lr: .inf}", "method.lr", "finite number", "inf"),
         ("method: {name: alkn, procedure: once, label_form: paper}", "method", "procedure 'once' masks", "a dict"),
@@ -219,7 +219,7 @@ def test_a_missing_file_says_how_to_make_a_project(tmp_path: Path) -> None:
         (
             "",
             ["evaluation.metrics=[probability,exact_memorization]"],
-            lambda s: s.evaluation.metrics,
+            lambda s: tuple(metric.name for metric in s.evaluation.metrics),
             ("probability", "exact_memorization"),
         ),
         ("base: {model: x}", ["base.model="], lambda s: s.base.model, None),
@@ -246,12 +246,13 @@ def test_all_unknown_names_and_wrong_keys_come_at_once(fails: Fails) -> None:
         "gates: {utility: {base: 2}, forgetting: {p95: 0, q: 1}}"
     )
     assert [line.split(": ")[1] for line in message.split("\n")] == [
-        "benchmark", "method.lr", "method.lrr", "evaluation.metrics.2", "gates.forgetting.p95", "gates.forgetting.q",
+        "benchmark", "method.lr", "method.lrr", "evaluation.metrics.0", "evaluation.metrics.1", "evaluation.metrics.2",
+        "gates.forgetting.p95", "gates.forgetting.q",
         "gates.utility.base",
     ]  # fmt: skip
     message = fails("evaluation: {metrics: [rouge, bleu]}\ngates: {utilty: {}, finit: {}}")
     assert [(line.split(": ")[1], line.split("'")[1]) for line in message.split("\n")] == [
-        ("evaluation.metrics", "rouge"), ("evaluation.metrics", "bleu"), ("gates.utilty", "utilty"),
+        ("evaluation.metrics.0", "rouge"), ("evaluation.metrics.1", "bleu"), ("gates.utilty", "utilty"),
         ("gates.finit", "finit"),
     ]  # fmt: skip
 
@@ -375,7 +376,7 @@ def test_gates_can_be_set_one_by_one(load: Load) -> None:
 def test_the_part_of_a_step_holds_what_it_computes_with(load: Load) -> None:
     """Plain values; where it is tracked or scheduled is no part of it."""
     part = load("method: {name: alkn, preset: paper}").of_step()
-    assert set(part) == {"seed", "data", "base", "method", "targets", "evaluation", "attacks", "gates", "run"}
+    assert set(part) == {"seed", "data", "base", "method", "targets", "evaluation", "gates", "run"}
     assert set(part["base"]) == {"trust_remote_code"}
     assert part["method"]["name"] == "alkn" and part["method"]["preset"] == "paper" and part["method"]["scale"] == 0.8
     assert part["gates"]["utility"]["parent"] == 0.6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ class Measured:
         value: the set's value, finite, or ``None``.
         reason: why there is no value; empty when there is one.
         per_record: record number -> value.
+        parts: further values under names of their own: an interval's ends, the level it is held against.
     """
 
     value: float | None
     reason: str = ""
     per_record: Mapping[int, float] = field(default_factory=dict)
+    parts: Mapping[str, Measured] = field(default_factory=dict)
 
     @classmethod
     def missing(cls, reason: str) -> Measured:
@@ -40,6 +42,11 @@ class Measured:
             return cls.missing("a value is not a finite number")
         per_record = {number: math.fsum(group) / len(group) for number, group in groups.items()}
         return cls(math.fsum(per_record.values()) / len(per_record), "", per_record)
+
+    def with_parts(self, **parts: Measured | float) -> Measured:
+        """The same with further values beside it; a plain number must be finite."""
+        more = {name: part if isinstance(part, Measured) else Measured(float(part)) for name, part in parts.items()}
+        return replace(self, parts={**self.parts, **more})
 
     def percentile(self, q: float) -> float:
         """The q-th percentile of the records' values, linear between order statistics, q in [0, 100]."""

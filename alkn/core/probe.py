@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -36,31 +36,70 @@ class RecordSet:
         return len(self.examples)
 
 
+@dataclass(frozen=True)
+class References:
+    """One set under models that never saw it.
+
+    Attributes:
+        probes: digest of a reference model -> the set's records under it, encoded by its own tokenizer. What is
+            measured is held against the first; the others show how far apart honest models are.
+        reason: why there is none.
+    """
+
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    reason: str = "there is no reference model"
+
+    @property
+    def first(self) -> Probe | None:
+        """What is compared with."""
+        return next(iter(self.probes.values()), None)
+
+
+def no_references() -> References:
+    """The default: there is none."""
+    return References()
+
+
 class Probe:
     """One model on one set. Scores and answers are computed at the first use and kept.
 
     Args:
-        model: a transformers causal language model on its device.
+        model: a transformers causal language model on its device, or what loads it at the first use.
         records: the set, with at least one example.
         decode: turns generated token ids into text.
         eos: end-of-sequence token id.
         max_new_tokens: longest greedy answer; ``None``: this set is not generated on.
         progress: told about long work.
+        holdout: the same model on comparable records that no model saw; ``None``: there are none.
+        references: gives the same set under reference models.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Callable[[], nn.Module],
         records: RecordSet,
         *,
         decode: Callable[[list[int]], str],
         eos: int,
         max_new_tokens: int | None = None,
         progress: Progress = no_progress,
+        holdout: Probe | None = None,
+        references: Callable[[], References] = no_references,
     ) -> None:
-        self.model, self.records = model, records
+        self.records, self.holdout = records, holdout
+        self._model, self._references = model, references
         self._decode, self._eos = decode, eos
         self._max_new_tokens, self._progress = max_new_tokens, progress
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self._model if isinstance(self._model, nn.Module) else self._model()
+
+    @cached_property
+    def references(self) -> References:
+        """The same set under models that never saw it."""
+        return self._references()
 
     @cached_property
     def scores(self) -> Scores:

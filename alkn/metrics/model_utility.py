@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from alkn.core.measured import Measured
+from alkn.core.view import View
 from alkn.registry import Params, register_metric
 
 PARTS = ("probability", "rouge_l", "truth_ratio")
 
 
 @register_metric("model_utility", source="TOFU (Maini et al. 2024), section 2.2.1", scope="model")
-def model_utility(utility: Mapping[str, Mapping[str, Measured]], params: Params) -> Measured:
-    """Harmonic mean over domains of probability, ROUGE-L recall and truth ratio; in [0, 1].
-
-    Args:
-        utility: domain -> metric -> value on the records of that domain that are never drawn on.
-        params: none.
-    """
+def model_utility(view: View, params: Params) -> Measured:
+    """Harmonic mean over domains of probability, ROUGE-L recall and truth ratio, never drawn on; in [0, 1]."""
     values = []
-    for domain, measured in utility.items():
+    for domain, measured in view.under("utility").items():
         for part in PARTS:
             if part not in measured:
                 return Measured.missing(f"evaluation.metrics does not name {part}")
