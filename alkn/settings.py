@@ -13,7 +13,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
@@ -92,39 +94,126 @@ class Targets(Params):
     margin: float = Field(0.8, gt=0, le=1)
 
 
+class Chosen(BaseModel):
+    """A registered entry's name with its validated parameters, written as one flat mapping."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    params: Params
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        return {"name": self.name, **self.params.model_dump(mode="json")}
+
+
+def _refuse_unknown(known: registry.Registry, names: Mapping[str, str]) -> None:
+    """Refuse names that nobody registered, all at once; a name maps to its key below the section."""
+    unknown = [
+        (key, registry.unknown_name(known.kind, name, known)) for name, key in names.items() if name not in known
+    ]
+    if unknown:
+        raise WrongKeys(unknown)
+
+
+def _parameters(entry: registry.Entry, values: Any) -> Params:
+    """An entry's parameters from plain values; its wrong keys are those of the section that it stands in."""
+    try:
+        return entry.params.model_validate(values)
+    except ValidationError as error:
+        raise WrongKeys(_faults(error, entry.params)) from None
+
+
+def _choose(known: registry.Registry, kind: type[Chosen] = Chosen) -> BeforeValidator:
+    def validate(value: Any) -> Any:
+        if isinstance(value, Chosen):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            raise ValueError(f"expected a mapping with the key 'name', one of: {', '.join(known)}")
+        rest = {k: v for k, v in value.items() if k != "name"}
+        _refuse_unknown(known, {value["name"]: ""})
+        entry = known[value["name"]]
+        return kind(name=entry.name, params=_parameters(entry, rest))
+
+    return BeforeValidator(validate)
+
+
+class ChosenMetric(Chosen):
+    """A metric; one that has no parameters is written as its name alone."""
+
+    @model_serializer
+    def _flat(self) -> Any:
+        rest = self.params.model_dump(mode="json")
+        return {"name": self.name, **rest} if rest else self.name
+
+
+Metric = Annotated[
+    ChosenMetric,
+    _choose(registry.metrics, ChosenMetric),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
+]
+LATER = ("references",)
+
+
 class Evaluation(Params):
     """What is measured.
 
     Attributes:
-        metrics: names of registered metrics.
+        metrics: registered metrics, by name or with parameters.
+        references: reference models to hold the model against, by the names of their folders in ``reference/``.
         max_new_tokens: longest greedy answer.
         generate: sets on which the model also writes answers.
+        earlier_records: records of an earlier request that a step is measured on, drawn by chance; ``null``: all.
+        confidence: of the interval that goes with every mean over a sample.
     """
 
-    metrics: tuple[str, ...] = (
-        "probability",
-        "exact_memorization",
-        "extraction_strength",
-        "rouge_l",
-        "truth_ratio",
-        "model_utility",
+    metrics: tuple[Metric, ...] = Field(
+        default=(
+            "probability",
+            "exact_memorization",
+            "extraction_strength",
+            "rouge_l",
+            "truth_ratio",
+            "model_utility",
+        ),
+        validate_default=True,
     )
     max_new_tokens: int = Field(64, ge=1)
     generate: tuple[Literal["forget", "earlier", "retain", "utility", "holdout"], ...] = ("forget", "utility")
+    references: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")], ...] = ()
+    earlier_records: int | None = Field(None, ge=1)
+    confidence: float = Field(0.95, gt=0, lt=1)
 
     @field_validator("metrics")
     @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        _refuse_unknown(registry.metrics, {name: "" for name in names})
-        return names
-
-    @field_validator("metrics")
-    @classmethod
-    def _judged_by(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _judged_by(cls, chosen: tuple[ChosenMetric, ...]) -> tuple[ChosenMetric, ...]:
+        names = [one.name for one in chosen]
         missing = [name for name in ("probability", "exact_memorization") if name not in names]
         if missing:
             raise ValueError(f"expected at least what targets and gates are judged by; missing: {', '.join(missing)}")
-        return names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"expected each metric once; named twice: {', '.join(twice)}")
+        return chosen
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Keys that came later are written only where they are used: settings that were frozen stay the same."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if value or key not in LATER}
+
+
+class Verification(Params):
+    """``alkn evaluate`` and ``alkn verify``.
+
+    Attributes:
+        records: of a request that a cell of the matrix is measured on, drawn by chance; ``null``: all.
+        tolerance: how far a number that is measured again may be from the recorded one.
+    """
+
+    records: int | None = Field(256, ge=1)
+    tolerance: float = Field(0.001, ge=0)
 
 
 class Run(Params):
@@ -160,49 +249,6 @@ class Git(Params):
     """``commit``: commit ledger, lock file and manifest after each recorded step."""
 
     commit: bool = False
-
-
-class Chosen(BaseModel):
-    """A registered entry's name with its validated parameters, written as one flat mapping."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str
-    params: Params
-
-    @model_serializer
-    def _flat(self) -> dict[str, Any]:
-        return {"name": self.name, **self.params.model_dump(mode="json")}
-
-
-def _refuse_unknown(known: registry.Registry, names: Mapping[str, str]) -> None:
-    """Refuse names that nobody registered, all at once; a name maps to its key below the section."""
-    unknown = [
-        (key, registry.unknown_name(known.kind, name, known)) for name, key in names.items() if name not in known
-    ]
-    if unknown:
-        raise WrongKeys(unknown)
-
-
-def _parameters(entry: registry.Entry, values: Any) -> Params:
-    """An entry's parameters from plain values; its wrong keys are those of the section that it stands in."""
-    try:
-        return entry.params.model_validate(values)
-    except ValidationError as error:
-        raise WrongKeys(_faults(error, entry.params)) from None
-
-
-def _choose(known: registry.Registry) -> BeforeValidator:
-    def validate(value: Any) -> Any:
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ValueError(f"expected a mapping with the key 'name', one of: {', '.join(known)}")
-        rest = {k: v for k, v in value.items() if k != "name"}
-        _refuse_unknown(known, {value["name"]: ""})
-        entry = known[value["name"]]
-        return Chosen(name=entry.name, params=_parameters(entry, rest))
-
-    return BeforeValidator(validate)
 
 
 def _empty_if_null(value: Any) -> Any:
@@ -259,6 +305,7 @@ class Settings(Params):
         default={"relearning": {}, "quantization": {}}, validate_default=True
     )
     gates: Annotated[dict[str, Any], BeforeValidator(_gates)] = Field(default={}, validate_default=True)
+    verification: Verification = Verification()
     run: Run = Run()
     tracking: Tracking = Tracking()
     prefect: Prefect = Prefect()

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from alkn import registry
+from alkn.against import ReferenceModels
 from alkn.attacking import attack_step
 from alkn.base import project_sets
 from alkn.core.distributed import is_main, joined, local, refuse_split, wait
@@ -47,6 +48,7 @@ from alkn.models import context_length, load_model, load_tokenizer, save_model
 from alkn.project import Project, Step
 from alkn.record_sets import known_records, load_split
 from alkn.records import Plan, Sealed, Unlearned
+from alkn.reference import open_reference
 from alkn.refusals import REFUSALS
 from alkn.runtime import Runtime
 from alkn.settings import Level, Settings, load_settings
@@ -76,6 +78,7 @@ def plan_step(
         "splits": digest_of(project.splits) if project.splits.exists() else "none",
         "settings": digest_of(project.step(request_id).params),
     }
+    inputs |= {f"reference/{name}": open_reference(project, name).digest for name in settings.evaluation.references}
     return Plan(request_id, previous, earlier, settings, inputs, _limits(project, settings))
 
 
@@ -140,7 +143,14 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
     sets += [_earlier(project, encoder, name) for name in plan.earlier]
     sets += project_sets(project, encoder)
     measured = measure_model(
-        model, sets, encoder, plan.settings.evaluation, eos=tokenizer.eos_token_id, progress=progress
+        model,
+        sets,
+        encoder,
+        plan.settings.evaluation,
+        eos=tokenizer.eos_token_id,
+        progress=progress,
+        references=ReferenceModels(project, plan.settings, request=plan.request).of,
+        base=lambda: load_model(project.base.model, device=runtime.device, trust_remote_code=remote),
     )
     metrics = measured.numbers()
     if is_main():

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from alkn import registry
 from alkn.errors import InputError
 from alkn.methods.descent_params import DescentParams, PaceParams
-from alkn.settings import Settings, load_settings
+from alkn.settings import Chosen, Settings, load_settings
 from flows.cli import cli
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +66,8 @@ def kind_of(schema: dict[str, Any]) -> str:
 
 def written(value: Any) -> str:
     """A default as one would write it in params.yaml."""
+    if isinstance(value, Chosen):
+        value = value.model_dump(mode="json")
     if isinstance(value, str):
         return value if re.fullmatch(r"\S+", value) else json.dumps(value)
     return f"[{', '.join(map(written, value))}]" if isinstance(value, tuple) else json.dumps(value)

@@ -376,7 +376,7 @@ def test_gates_can_be_set_one_by_one(load: Load) -> None:
 def test_the_part_of_a_step_holds_what_it_computes_with(load: Load) -> None:
     """Plain values; where it is tracked or scheduled is no part of it."""
     part = load("method: {name: alkn, preset: paper}").of_step()
-    assert set(part) == {"seed", "data", "base", "method", "targets", "evaluation", "gates", "run"}
+    assert set(part) == {"seed", "data", "base", "method", "targets", "evaluation", "attacks", "gates", "run"}
     assert set(part["base"]) == {"trust_remote_code"}
     assert part["method"]["name"] == "alkn" and part["method"]["preset"] == "paper" and part["method"]["scale"] == 0.8
     assert part["gates"]["utility"]["parent"] == 0.6
