@@ -129,7 +129,9 @@ def descend(
         optimizer: makes the optimizer from the parameters; ``None``: AdamW. Its rate is set by ``pace``.
         before_step: called as (step) with every gradient ready and clipped; may change them in place.
         on_measure: called as (step, what was measured) after each measurement of the forget set.
-        rest: leave the forget loss out of the steps while the last measurement met the target.
+        rest: push no further than asked for: while the last measurement met the target, the forget loss is left
+            out of the steps, and before that each record is left out that met it by itself. The others weigh as
+            much as they would beside it.
 
     Returns:
         One row of history a measurement; ``reached`` is judged at the stored precision.
@@ -138,9 +140,9 @@ def descend(
         InputError: if nothing of ``parameters`` requires a gradient.
         TrainingDiverged: when a loss is not finite, with the step, never with data.
     """
-    now = task.measure_stored()
+    now, scores = task.measure_stored()
     history, spent = [now.row(0)], 0
-    met = task.stop.met(now)
+    met, at_target = task.stop.met(now), task.stop.met_by(scores)
     if met:
         return Outcome(True, history, {}, keep.passes if keep else 0)
     offered = parameters if parameters is not None else task.model.parameters()
@@ -161,9 +163,12 @@ def descend(
                 _backward(keep(step), step, "keeping")
         if not (met and rest):
             records = next(batches)
-            with task.autocast():
-                _backward(forget(task.model, collate(task.forget, records, device=device)), step, "forget")
-            spent += len(records)
+            pushed = [i for i in records if not (rest and at_target[i])]
+            if pushed:
+                with task.autocast():
+                    loss = forget(task.model, collate(task.forget, pushed, device=device))
+                    _backward(loss * (len(pushed) / len(records)), step, "forget")
+                spent += len(pushed)
         average_gradients_(trained)
         if pace.clip is not None:
             clip_grad_norm_(trained, pace.clip)
@@ -175,8 +180,8 @@ def descend(
         task.model.zero_grad(set_to_none=True)
         step += 1
         if step % pace.check_every == 0 or step == pace.steps:
-            now = task.measure_stored()
-            met = task.stop.met(now)
+            now, scores = task.measure_stored()
+            met, at_target = task.stop.met(now), task.stop.met_by(scores)
             history.append(now.row(step))
             if on_measure is not None:
                 on_measure(step, now)

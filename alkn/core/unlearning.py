@@ -58,6 +58,10 @@ class StopRule:
         """Whether both numbers are at or below their targets."""
         return now.p <= self.p and now.exact_memorization <= self.exact_memorization
 
+    def met_by(self, scores: Scores) -> Tensor:
+        """Which records are at or below both targets by themselves, ``[records]``, boolean."""
+        return (scores.probability <= self.p) & (scores.exact_memorization <= self.exact_memorization)
+
 
 def seed_of(seed: int, *names: object) -> int:
     """A seed for one purpose: 63 bits of SHA-256 over the run's seed and the purpose's names."""
@@ -170,17 +174,17 @@ class Task:
                 if p.dtype != self.stored:
                     p.copy_(p.to(self.stored))
 
-    def measure_stored(self) -> Forgetting:
+    def measure_stored(self) -> tuple[Forgetting, Scores]:
         """The forget set under the model as it would be stored; the weights stay in float32."""
         if self.stored is torch.float32 or self.as_stored is not None:
-            return self.measure()[0]
+            return self.measure()
         exact = self.copy_weights()
         self.round_weights()
-        now, _ = self.measure()
+        measured = self.measure()
         with torch.no_grad():
             for name, p in self.weights().items():
                 p.copy_(exact[name])
-        return now
+        return measured
 
     def measure(self) -> tuple[Forgetting, Scores]:
         """Score the forget set with the model as it is, adapters as they would be merged and stored."""

@@ -50,7 +50,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     what is known and rests while the target is met; the other two bring each token to what a background
     model that never saw the record expects.
     """
-    before = task.measure_stored()
+    before, _ = task.measure_stored()
     if task.stop.met(before):
         return Outcome(True, [before.row(0)], {}, 0)
     if not task.retain and (p.retain_batch or p.rehearsal):

@@ -49,7 +49,7 @@ class WagleParams(DescentParams):
 def wagle(task: Task, params: WagleParams) -> Outcome:
     """Descend the objective of ``loss`` + retain_weight · CE(retain) on the weights that score highest."""
     refuse_split(task.model, "method: wagle")
-    before = task.measure_stored()
+    before, _ = task.measure_stored()
     if task.stop.met(before):
         return Outcome(True, [before.row(0)], {}, 0)
     pace = params.pace()
