@@ -153,7 +153,7 @@ Metric = Annotated[
     _choose(registry.metrics, ChosenMetric),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
 ]
-LATER = ("references",)
+LATER = ("references", "earlier_records", "confidence")
 
 
 class Evaluation(Params):
@@ -201,7 +201,12 @@ class Evaluation(Params):
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Keys that came later are written only where they are used: settings that were frozen stay the same."""
         values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if value or key not in LATER}
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in values.items()
+            if key not in LATER or getattr(self, key) != fields[key].get_default()
+        }
 
 
 class Verification(Params):

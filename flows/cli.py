@@ -215,6 +215,33 @@ def champion(as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--exact", is_flag=True, help="Measure all records of each request, not a sample of the large ones.")
+@JSON
+def evaluate(exact: bool, as_json: bool) -> None:
+    """Every accepted model on every request so far: has anything come back, and what is still known?
+
+    Writes reports/matrix.json. What was measured once is kept, so that asking again costs nothing.
+    """
+    from alkn.matrix import regression_matrix
+    from flows.checking import matrix_tables
+    from tasks.progress import progress_bars
+
+    project = _project()
+    with progress_bars("evaluate") as progress:
+        found = regression_matrix(project, project.settings(), exact=exact, progress=progress)
+    if as_json:
+        _say(json.dumps(found.content))
+        return
+    for title, columns, rows in matrix_tables(found.content):
+        _table(title, columns, rows)
+    for name, reason in found.content["missing"].items():
+        _say(f"not measured: {name}: {reason}")
+    for fault in found.told:
+        _say(f"warning: .alkn/cache/{fault}; measured again", err=True)
+    _say(f"{found.scored} records measured, {found.kept} known from before; written to reports/matrix.json")
+
+
+@cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="Where it all goes; made if missing.")
 @click.option("--workers", type=click.IntRange(1), help="Cells at a time [default: what the machine has].")

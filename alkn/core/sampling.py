@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,18 @@ def pick(count: int, size: int, *, seed: int) -> list[int]:
     if size >= count:
         return list(range(count))
     return torch.randperm(count, generator=Generator().manual_seed(seed))[:size].tolist()
+
+
+def sample_of(digest: str, numbers: Sequence[int], size: int | None) -> list[int]:
+    """The records that stand for all of a request, in the order in which they are drawn; the same ones each time.
+
+    Args:
+        digest: of the request's file, keyed: who has not the key cannot tell which records will be drawn.
+        numbers: all record numbers, in the file's order.
+        size: how many; ``None``: all.
+    """
+    seed = int.from_bytes(hashlib.sha256(digest.encode()).digest()[:8], "big") >> 1
+    return [numbers[i] for i in pick(len(numbers), len(numbers) if size is None else size, seed=seed)]
 
 
 def mean_interval(values: Sequence[float], total: int, *, confidence: float) -> tuple[float, float]:
