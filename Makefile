@@ -46,7 +46,7 @@ bench-speed: install  ## Speed, memory and cost as ratios measured in one run (d
 
 clean:  ## Back to the three pending requests
 	git checkout --quiet -- data/ledger.yaml
-	rm -rf steps data/splits data/params.yaml data/requests dvc.lock mlflow.db* mlartifacts reports .prefect .alkn .dvc/cache .dvc/tmp
+	rm -rf steps data/splits data/params.yaml data/certificate.pub data/requests dvc.lock mlflow.db* mlartifacts reports .prefect .alkn .dvc/cache .dvc/tmp
 
 distclean: clean  ## Remove the virtual environment too
 	rm -rf .venv

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flows.certificates import certificate
+
 if TYPE_CHECKING:
     from alkn.project import Project
 
@@ -324,6 +326,9 @@ def _requests_without(ledger: Any, without: str | None) -> list[str]:
             f"--without {without}: expected 1 to {len(chain)}, the number of accepted and pending requests"
         )
     return chain[: int(without)]
+
+
+cli.add_command(certificate)
 
 
 @cli.group()

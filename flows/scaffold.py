@@ -19,6 +19,7 @@ from alkn.files import write_bytes, write_yaml
 from alkn.models import check_model_folder
 from alkn.project import Project
 from alkn.record_sets import Records, adopt_split
+from alkn.report.signing import signing_key
 from alkn.requests.ledger import Ledger, save_ledger
 from alkn.requests.schema import read_records
 from alkn.settings import Settings, read_mapping, validate_settings
@@ -159,6 +160,7 @@ def _write(
         adopt_split(project, name, rows)
     (root / "data" / "requests").mkdir(parents=True, exist_ok=True)
     project.key(create=True)
+    signing_key(project)
 
 
 def _set_up_versioning(project: Project, settings: Settings, own_splits: bool) -> None:

@@ -19,6 +19,7 @@ TRACKED = (
     ".dvc/config",
     ".dvc/.gitignore",
     "data/ledger.yaml",
+    "data/certificate.pub",
     "data/params.yaml",
     "data/splits.dvc",
     "data/requests/*.dvc",

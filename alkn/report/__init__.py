@@ -1,0 +1,1 @@
+"""What people read and sign: figures, tables, the HTML report, the certificate. Data in, bytes out."""
