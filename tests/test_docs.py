@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from alkn import registry
 from alkn.errors import InputError
+from alkn.membership import MembershipParams
 from alkn.methods.descent_params import DescentParams, PaceParams
 from alkn.settings import Chosen, Settings, load_settings
 from flows.cli import cli
@@ -67,7 +68,7 @@ def kind_of(schema: dict[str, Any]) -> str:
 def written(value: Any) -> str:
     """A default as one would write it in params.yaml."""
     if isinstance(value, Chosen):
-        value = value.model_dump(mode="json")
+        value = value.name if value.params == type(value.params)() else value.model_dump(mode="json")
     if isinstance(value, str):
         return value if re.fullmatch(r"\S+", value) else json.dumps(value)
     return f"[{', '.join(map(written, value))}]" if isinstance(value, tuple) else json.dumps(value)
@@ -112,6 +113,10 @@ def expected() -> list[Key]:
                 for key in keys_of(entry.params, prefix, f"{kind} `{name}`")
                 if (key.key, key.kind, key.default) not in listed
             ]
+    keys += keys_of(MembershipParams, "metrics.*.", "")
+    for name, entry in registry.metrics.items():
+        listed = set(MembershipParams.model_fields) if issubclass(entry.params, MembershipParams) else set()
+        keys += [k for k in keys_of(entry.params, f"metrics.{name}.", "") if k.key.split(".")[-1] not in listed]
     for prefix, listed_below in (("attacks", registry.attacks), ("gates", registry.gates)):
         for name, entry in listed_below.items():
             keys += keys_of(entry.params, f"{prefix}.{name}.", "")
@@ -167,7 +172,7 @@ def test_the_defaults_are_what_an_empty_file_gives() -> None:
     """A default that a validator changes would make the page lie."""
     settings = Settings()
     for key in EXPECTED:
-        if key.section == "" and key.key.split(".")[0] not in (*CHOSEN, "attacks", "gates"):
+        if key.section == "" and key.key.split(".")[0] not in (*CHOSEN, "attacks", "gates", "metrics"):
             value: Any = settings
             for part in key.key.split("."):
                 value = getattr(value, part)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import hmean
+from scipy.stats import gmean, hmean
 from torch import nn
 
 from alkn.core.measured import Measured
@@ -21,12 +21,12 @@ from alkn.core.view import View
 from alkn.encoding import Encoder
 from alkn.metrics.extraction_strength import strength
 from alkn.models import Architecture, new_model
-from alkn.registry import Params, metrics
+from alkn.registry import metrics
 from alkn.settings import Data
 
 
 def measure(name: str, *arguments: Any) -> Measured:
-    result = metrics[name].call(*arguments, Params())
+    result = metrics[name].call(*arguments, metrics[name].params())
     assert isinstance(result, Measured)
     return result
 
@@ -163,6 +163,25 @@ def test_truth_ratio_against_numpy(name: str, judged: dict[str, Any], full_forwa
     }))  # fmt: skip
     assert list(result.per_record.values()) == pytest.approx(expected.tolist(), rel=1e-3)
     assert result.value == pytest.approx(expected.mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("mean", ["geometric", "arithmetic"])
+def test_both_means_and_the_bounded_form_against_numpy(mean: str, judged: dict[str, Any], full_forward: Any) -> None:
+    """P(right) / (P(right) + P(wrong)), the wrong answers' P averaged by its logarithm or as it is."""
+
+    def p(example: Example) -> float:
+        with torch.no_grad():
+            return math.exp(-full_forward(judged["model"], example)[0].double().mean())
+
+    right = np.array([p(b or a) for a, b in zip(judged["examples"], judged["paraphrases"], strict=True)])
+    groups = [[p(e) for e in group] for group in judged["wrong"]]
+    wrong = np.array([gmean(group) if mean == "geometric" else np.mean(group) for group in groups])
+    probe = probe_of(judged["model"], judged["examples"], paraphrases=judged["paraphrases"], wrong=judged["wrong"])
+    result = metrics["truth_ratio"].call(probe, metrics["truth_ratio"].params(mean=mean))
+    assert list(result.per_record.values()) == pytest.approx(np.minimum(wrong / right, right / wrong), rel=1e-3)
+    bounded = result.parts["prob_mean"]
+    assert list(bounded.per_record.values()) == pytest.approx(right / (right + wrong), rel=1e-3)
+    assert bounded.value == pytest.approx(np.mean(right / (right + wrong)), rel=1e-3)
 
 
 def test_truth_ratio_without_wrong_answers_is_missing(judged: dict[str, Any]) -> None:

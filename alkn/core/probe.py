@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from alkn.core.generation import greedy
+from alkn.core.measured import Measured
 from alkn.core.scoring import Example, Progress, Scores, no_progress, score
 
 
@@ -88,6 +89,7 @@ class Probe:
     ) -> None:
         self.records, self.holdout = records, holdout
         self._model, self._references = model, references
+        self._known: dict[str, Measured] = {}
         self._decode, self._eos = decode, eos
         self._max_new_tokens, self._progress = max_new_tokens, progress
 
@@ -95,6 +97,12 @@ class Probe:
     def model(self) -> nn.Module:
         """The model."""
         return self._model if isinstance(self._model, nn.Module) else self._model()
+
+    def once(self, what: str, compute: Callable[[], Measured]) -> Measured:
+        """What ``compute`` gives, computed at the first call under this name."""
+        if what not in self._known:
+            self._known[what] = compute()
+        return self._known[what]
 
     @cached_property
     def references(self) -> References:

@@ -198,11 +198,13 @@ class Scores:
         nll: mean over answer tokens of −log π, end-of-sequence included, ``[records]``, nats.
         token_probs: per record, π of each answer token, ``[answer_length]``.
         token_hits: per record, whether each answer token is the model's first choice.
+        token_log_probs: per record, log π of each answer token, ``[answer_length]``, nats.
     """
 
     nll: Tensor
     token_probs: tuple[Tensor, ...]
     token_hits: tuple[Tensor, ...]
+    token_log_probs: tuple[Tensor, ...] = ()
 
     @property
     def probability(self) -> Tensor:
@@ -230,29 +232,60 @@ def score(model: nn.Module, examples: Sequence[Example], *, max_tokens: int = 81
     Raises:
         ValueError: if there is no example.
     """
+
+    def chosen(logits: Tensor, targets: Tensor) -> Tensor:
+        found = torch.log_softmax(logits, dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+        return torch.stack([found, (logits.argmax(-1) == targets).float()])
+
+    values = read_labels(model, examples, chosen, columns=2, max_tokens=max_tokens)
+    log_probs = tuple(found for found, _ in values)
+    nll = torch.stack([-lp.double().mean() for lp in log_probs])
+    return Scores(nll, tuple(lp.exp() for lp in log_probs), tuple(hits.bool() for _, hits in values), log_probs)
+
+
+@torch.no_grad()
+def read_labels(
+    model: nn.Module,
+    examples: Sequence[Example],
+    read: Callable[[Tensor, Tensor], Tensor],
+    *,
+    columns: int,
+    max_tokens: int = 8192,
+) -> list[Tensor]:
+    """A few numbers of each labelled token, read off its logits batch by batch; no logits are kept.
+
+    Args:
+        model: a transformers causal language model, already on its device; read in its evaluation mode.
+        examples: encoded records, at least one.
+        read: logits ``[labels, vocab]`` in float32 and targets ``[labels]`` -> ``[columns, labels]``.
+        columns: numbers a token.
+        max_tokens: padded tokens a batch at the most.
+
+    Returns:
+        ``[columns, answer_length]`` a record on the CPU, in the order of ``examples``.
+
+    Raises:
+        ValueError: if there is no example.
+    """
     if not examples:
         raise ValueError("nothing to score: the set of examples is empty")
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     lengths = [e.answer_length for e in examples]
-    log_probs, hits = torch.zeros(sum(lengths)), torch.zeros(sum(lengths))
-    places = list(zip(log_probs.split(lengths), hits.split(lengths), strict=True))
+    found = torch.zeros(columns, sum(lengths))
+    places = found.split(lengths, dim=1)
     for records, counts in dealt(list(bucketed([e.tokens.numel() for e in examples], max_tokens=max_tokens))):
         batch = collate(examples, records, device=device)
         with whole_batches():
             logits = answer_logits(model, batch).float()
-        found = torch.log_softmax(logits, dim=-1).gather(1, batch.targets.unsqueeze(1)).squeeze(1).cpu()
-        hit = (logits.argmax(-1) == batch.targets).cpu()
-        sizes = [lengths[i] for i in records]
-        for i, lp, h in zip(records if counts else (), found.split(sizes), hit.split(sizes), strict=counts):
-            places[i][0].copy_(lp)
-            places[i][1].copy_(h)
+        values = read(logits, batch.targets).cpu()
+        if counts:
+            for i, own in zip(records, values.split([lengths[i] for i in records], dim=1), strict=True):
+                places[i].copy_(own)
     model.train(training)
-    sum_(log_probs)
-    sum_(hits)
-    nll = torch.stack([-lp.double().mean() for lp, _ in places])
-    return Scores(nll, tuple(lp.exp() for lp, _ in places), tuple(h.bool() for _, h in places))
+    sum_(found)
+    return list(places)
 
 
 def weighted_nll(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
