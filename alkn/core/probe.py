@@ -12,6 +12,8 @@ from alkn.core.generation import greedy
 from alkn.core.measured import Measured
 from alkn.core.scoring import Example, Progress, Scores, no_progress, score
 
+NOT_WRITTEN = "evaluation.generate does not name this set"
+
 
 @dataclass(frozen=True)
 class RecordSet:
@@ -133,15 +135,33 @@ class Probe:
         flat = [example for group in self.records.wrong for example in group]
         return list(score(self.model, flat).nll.split([len(group) for group in self.records.wrong]))
 
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes answers on this set."""
+        return self._max_new_tokens is not None
+
+    def write(self, prompts: Sequence[Tensor], *, max_new_tokens: int | None = None) -> list[list[int]]:
+        """Greedy continuations, token ids without the end-of-sequence token.
+
+        Args:
+            prompts: token ids, ``[length]`` each.
+            max_new_tokens: longest one; ``None``: that of the set.
+        """
+        longest = max_new_tokens if max_new_tokens is not None else self._max_new_tokens
+        if longest is None:
+            raise ValueError("the model writes no answers on this set, and no length is given")
+        return greedy(self.model, prompts, eos=self._eos, max_new_tokens=longest, progress=self._progress)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._decode(list(ids))
+
+    @cached_property
+    def written(self) -> list[list[int]] | None:
+        """Token ids of the model's greedy answers, or ``None`` if this set is not generated on."""
+        return self.write([e.tokens[: e.answer_start] for e in self.records.examples]) if self.writes else None
+
     @cached_property
     def generations(self) -> list[str] | None:
         """The model's greedy answers, or ``None`` if this set is not generated on."""
-        if self._max_new_tokens is None:
-            return None
-        prompts = [e.tokens[: e.answer_start] for e in self.records.examples]
-        return [
-            self._decode(ids)
-            for ids in greedy(
-                self.model, prompts, eos=self._eos, max_new_tokens=self._max_new_tokens, progress=self._progress
-            )
-        ]
+        return None if self.written is None else [self.decode(ids) for ids in self.written]

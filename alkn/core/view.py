@@ -37,7 +37,7 @@ class View:
         measured: set -> metric -> value, of the metrics of single sets that were asked for.
         probes: set -> the model on it; computes scores where no metric did.
         model: the model itself, on its device.
-        text: its tokenizer.
+        tokens: its tokenizer; ``None`` only where no metric of the model reads text.
         eos: end-of-sequence id.
         base: loads the model that the chain began with; ``None`` where this is that model.
     """
@@ -45,7 +45,7 @@ class View:
     measured: Mapping[str, Mapping[str, Measured]]
     probes: Mapping[str, Probe] = field(default_factory=dict)
     model: nn.Module | None = None
-    text: Text | None = None
+    tokens: Text | None = None
     eos: int = 0
     base: Callable[[], nn.Module] | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alkn.core.measured import Measured
-from alkn.core.probe import Probe
+from alkn.core.probe import NOT_WRITTEN, Probe
 from alkn.registry import Params, register_metric
 
 
@@ -12,7 +12,7 @@ def rouge_l(probe: Probe, params: Params) -> Measured:
     """Longest common subsequence of words / words of the right answer, greedy answers, stemmed; in [0, 1]."""
     answers = probe.generations
     if answers is None:
-        return Measured.missing("evaluation.generate does not name this set")
+        return Measured.missing(NOT_WRITTEN)
     from rouge_score.rouge_scorer import RougeScorer  # seconds to import, and only generated answers need it
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
