@@ -11,7 +11,7 @@ from alkn.core.probe import Probe, References
 from alkn.encoding import Encoder
 from alkn.models import context_length, load_model, load_tokenizer
 from alkn.project import Project
-from alkn.record_sets import Records, load_split
+from alkn.record_sets import Records, earlier_records, load_split
 from alkn.reference import Reference, open_reference, request_records
 from alkn.runtime import Runtime
 from alkn.settings import Settings
@@ -44,7 +44,13 @@ class ReferenceModels:
         request = self._request if kind == "forget" else name
         if kind in ("forget", "earlier", "known"):
             fitting = [member for member in self._members if member.never_saw(request)]
-            records = request_records(self._project, request)
+            size = self._settings.evaluation.earlier_records if kind == "earlier" else None
+            sampled = size is not None and self._project.request(request).is_file()
+            records = (
+                earlier_records(self._project, request, size).records
+                if sampled
+                else request_records(self._project, request)
+            )
         elif kind == "holdout":
             fitting, records = self._members, load_split(self._project, "holdout")
         else:

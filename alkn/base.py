@@ -66,7 +66,7 @@ def make_base(project: Project, settings: Settings, *, progress: Progress = no_p
     else:
         _link(base.model, project.root / Path(settings.base.model).expanduser())
         trained = {}
-    measured = _evaluate(project, settings, runtime, progress)
+    measured = measure_base(project, settings, runtime, progress)
     metrics = measured.numbers()
     _check_level(metrics, settings)
     write_json(base.evaluation, metrics)
@@ -175,7 +175,8 @@ def _link(link: Path, target: Path) -> None:
     link.symlink_to(target.resolve(), target_is_directory=True)
 
 
-def _evaluate(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> Measurements:
+def measure_base(project: Project, settings: Settings, runtime: Runtime, progress: Progress) -> Measurements:
+    """Measure the base model as it is stored, on the project's sets and on every request's records."""
     path = project.base.model
     remote = settings.base.trust_remote_code
     tokenizer = load_tokenizer(path, trust_remote_code=remote)

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from alkn.core.measured import Measured
-from alkn.core.sampling import mean_interval, sample_of
+from alkn.core.sampling import mean_interval
 from alkn.core.scoring import Progress, no_progress, score
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
-from alkn.files import digest_of, digest_of_value, keyed_digest_of, read_jsonl, write_json
+from alkn.files import digest_of, digest_of_value, keyed_digest_of, write_json
 from alkn.manifest import read_manifest
 from alkn.models import context_length, load_model, load_tokenizer
 from alkn.project import Project, Step
-from alkn.record_sets import Records, by_domain, load_split
+from alkn.record_sets import Records, by_domain, earlier_records, load_split
 from alkn.requests.ledger import BASE, load_ledger
 from alkn.runtime import Runtime
 from alkn.score_cache import Known, ScoreCache, metric_version
@@ -38,8 +38,8 @@ class Group:
 
     Attributes:
         name: ``request/<id>`` or ``utility/<domain>``.
-        records: all of them.
-        chosen: numbers of the records that are measured, in the order in which they were drawn.
+        records: those that are measured.
+        chosen: their numbers in the order in which they were drawn.
         of: how many records there are.
         digest: keyed digest of them.
     """
@@ -123,9 +123,8 @@ def _request(project: Project, request_id: str, limit: int | None) -> Group:
     digest = keyed_digest_of(path, project.key()) if path.is_file() else ""
     if digest != manifest["inputs"]["request"]:
         raise ChainBroken(f"data/requests/{request_id}.jsonl is not the file that steps/{request_id} was made from")
-    records = read_jsonl(path)
-    numbers = [int(record["id"]) for record in records]
-    return Group(f"request/{request_id}", records, sample_of(digest, numbers, limit), len(records), digest)
+    sample = earlier_records(project, request_id, limit)
+    return Group(f"request/{request_id}", sample.records, sample.drawn, sample.of, digest)
 
 
 def _utility(project: Project) -> list[Group]:
@@ -231,7 +230,7 @@ def _cell(drawn: Sequence[Known], of: int, confidence: float) -> dict[str, Any]:
     intervals: dict[str, list[float]] = {}
     error = 0.0
     for at, name in enumerate(("probability", "exact_memorization")):
-        values = [min(1.0, max(0.0, record[at])) for record in drawn]
+        values = [min(1.0, record[at]) for record in drawn]
         cell[name] = math.fsum(values) / len(values)
         low, high = mean_interval(values, of, confidence=confidence)
         intervals[name] = [low, high]

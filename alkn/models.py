@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -158,7 +159,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the model cannot be loaded ({type(error).__name__}: {error})") from error
     placed: nn.Module = model.to(device).eval()  # type: ignore[arg-type]
     return placed

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alkn import registry
+from alkn.core.sampling import mean_interval, sample_of
 from alkn.errors import InputError
-from alkn.files import read_jsonl, write_bytes, write_jsonl, write_via
+from alkn.files import keyed_digest_of, read_jsonl, write_bytes, write_jsonl, write_via
 from alkn.project import Project
 from alkn.requests.schema import validate_rows
 from alkn.settings import Settings
@@ -62,6 +64,52 @@ def known_records(project: Project) -> dict[str, Records]:
     """The records that a benchmark's base model is trained on and that may be requested."""
     folder = project.splits / "forget"
     return {path.stem: read_jsonl(path) for path in sorted(folder.glob("*.jsonl"))} if folder.is_dir() else {}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Records that stand for all of a request, in the file's order.
+
+    Attributes:
+        records: those that are measured.
+        drawn: their numbers in the order in which they were drawn.
+        of: how many records the request has.
+    """
+
+    records: Records
+    drawn: Sequence[int]
+    of: int
+
+    @property
+    def is_part(self) -> bool:
+        """Whether there are more."""
+        return len(self.records) < self.of
+
+    def bounds(self, per_record: Mapping[str, Mapping[str, float]], confidence: float) -> dict[str, Any]:
+        """``records``, ``of``, ``confidence``, and ``intervals`` of the means of P and exact memorization.
+
+        Args:
+            per_record: metric -> record number, as text -> value.
+            confidence: of each interval by itself.
+        """
+        intervals = {}
+        for name in ("probability", "exact_memorization"):
+            if values := per_record.get(name):
+                drawn = [min(1.0, values[str(number)]) for number in self.drawn]
+                intervals[name] = list(mean_interval(drawn, self.of, confidence=confidence))
+        return {"records": len(self.records), "of": self.of, "confidence": confidence, "intervals": intervals}
+
+
+def earlier_records(project: Project, request_id: str, size: int | None) -> Sample:
+    """At most ``size`` records of a request, drawn by chance and by the file's keyed digest, so the same each time."""
+    path = project.request(request_id)
+    records = read_jsonl(path)
+    numbers = [int(record["id"]) for record in records]
+    if size is None or size >= len(records):
+        return Sample(records, numbers, len(records))
+    drawn = sample_of(keyed_digest_of(path, project.key()), numbers, size)
+    wanted = set(drawn)
+    return Sample([record for record in records if int(record["id"]) in wanted], drawn, len(records))
 
 
 def generic_text(project: Project) -> list[str]:

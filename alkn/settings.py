@@ -218,7 +218,7 @@ class Verification(Params):
     """
 
     records: int | None = Field(256, ge=1)
-    tolerance: float = Field(0.001, ge=0)
+    tolerance: float = Field(1e-6, ge=0)
 
 
 class Run(Params):

@@ -24,7 +24,6 @@ from alkn.against import ReferenceModels
 from alkn.attacking import attack_step
 from alkn.base import project_sets
 from alkn.core.distributed import is_main, joined, local, refuse_split, wait
-from alkn.core.probe import RecordSet
 from alkn.core.scoring import Example, Progress, no_progress
 from alkn.core.sharding import split_
 from alkn.core.task_vector import TaskVector
@@ -46,7 +45,7 @@ from alkn.lora import Adapters
 from alkn.manifest import check_step, outputs_hold, read_manifest, write_manifest
 from alkn.models import context_length, load_model, load_tokenizer, save_model
 from alkn.project import Project, Step
-from alkn.record_sets import known_records, load_split
+from alkn.record_sets import earlier_records, known_records, load_split
 from alkn.records import Plan, Sealed, Unlearned
 from alkn.reference import open_reference
 from alkn.refusals import REFUSALS
@@ -79,7 +78,7 @@ def plan_step(
         "settings": digest_of(project.step(request_id).params),
     }
     inputs |= {f"reference/{name}": open_reference(project, name).digest for name in settings.evaluation.references}
-    return Plan(request_id, previous, earlier, settings, inputs, _limits(project, settings))
+    return Plan(request_id, previous, earlier, settings, inputs, limits_of(project, settings))
 
 
 def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progress) -> Unlearned:
@@ -132,6 +131,20 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
     Writes evaluation.json, per_record.json and metrics.json.
     """
     step = project.step(plan.request)
+    metrics, per_record = measure_step(project, plan, progress=progress)
+    if is_main():
+        write_json(step.evaluation, metrics)
+        write_json(step.per_record, per_record)
+        write_json(step.metrics, headline(metrics))
+    wait()
+    return metrics
+
+
+def measure_step(
+    project: Project, plan: Plan, *, progress: Progress = no_progress
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of a step's evaluation.json and per_record.json, measured on its model as it is stored."""
+    step = project.step(plan.request)
     runtime = Runtime(plan.settings.run)
     remote = plan.settings.base.trust_remote_code
     tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
@@ -139,8 +152,9 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     if runtime.split:
         split_(model, device=runtime.device)
+    chosen = {name: earlier_records(project, name, plan.settings.evaluation.earlier_records) for name in plan.earlier}
     sets = [encoder.record_set("forget", read_jsonl(project.request(plan.request)))]
-    sets += [_earlier(project, encoder, name) for name in plan.earlier]
+    sets += [encoder.record_set(f"earlier/{name}", sample.records) for name, sample in chosen.items()]
     sets += project_sets(project, encoder)
     measured = measure_model(
         model,
@@ -152,26 +166,53 @@ def evaluate_step(project: Project, plan: Plan, *, progress: Progress = no_progr
         references=ReferenceModels(project, plan.settings, request=plan.request).of,
         base=lambda: load_model(project.base.model, device=runtime.device, trust_remote_code=remote),
     )
-    metrics = measured.numbers()
-    if is_main():
-        write_json(step.evaluation, metrics)
-        write_json(step.per_record, measured.per_record())
-        write_json(step.metrics, headline(metrics))
-    wait()
-    return metrics
+    metrics, per_record = measured.numbers(), measured.per_record()
+    sampled = {
+        f"earlier/{name}": sample.bounds(per_record[f"earlier/{name}"], plan.settings.evaluation.confidence)
+        for name, sample in chosen.items()
+        if sample.is_part
+    }
+    return (metrics | {"sampled": sampled} if sampled else metrics), per_record
 
 
 def gate_step(project: Project, plan: Plan, unlearned: Unlearned, *, seconds: Mapping[str, float]) -> Sealed:
     """Judge the candidate by every gate, write gate.json and, last of all, the manifest."""
     step = project.step(plan.request)
+    verdicts, failed = judge(
+        project, plan, evaluation=read_json(step.evaluation), attacks=read_json(step.attacks), reached=unlearned.reached
+    )
+    accepted = not failed
+    facts = {
+        "previous": plan.previous,
+        "earlier": list(plan.earlier),
+        "accepted": accepted,
+        "failed": failed,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    if is_main():
+        write_json(step.gate, {"accepted": accepted, "failed": failed, "gates": verdicts})
+        seed = seed_of(plan.settings.seed, "step", plan.request)
+        write_manifest(step, inputs=plan.inputs, outputs=step.outputs, seed=seed, facts=facts)
+    wait()
+    return Sealed(plan.request, accepted, "; ".join(failed), read_manifest(step) or {})
+
+
+def judge(
+    project: Project, plan: Plan, *, evaluation: Mapping[str, Any], attacks: Mapping[str, Any], reached: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """What every gate of the settings says of a step's numbers, as plain values.
+
+    Returns:
+        Gate -> ``passed``, ``reason``, ``checks``; and the gates that failed with their reasons.
+    """
     evidence = Evidence(
-        step=read_json(step.evaluation),
+        step=evaluation,
         parent=read_json(project.step(plan.previous).evaluation),
         base=read_json(project.base.evaluation),
-        attacks=read_json(step.attacks),
+        attacks=attacks,
         limits=plan.limits,
-        reached=unlearned.reached,
-        finite_weights=_finite(step),
+        reached=reached,
+        finite_weights=_finite(project.step(plan.request)),
     )
     verdicts: dict[str, Any] = {}
     failed: list[str] = []
@@ -187,20 +228,7 @@ def gate_step(project: Project, plan: Plan, unlearned: Unlearned, *, seconds: Ma
         }
         if verdict.passed is False:
             failed.append(f"{name}: {verdict.reason}")
-    accepted = not failed
-    facts = {
-        "previous": plan.previous,
-        "earlier": list(plan.earlier),
-        "accepted": accepted,
-        "failed": failed,
-        "seconds": {name: round(value, 1) for name, value in seconds.items()},
-    }
-    if is_main():
-        write_json(step.gate, {"accepted": accepted, "failed": failed, "gates": verdicts})
-        seed = seed_of(plan.settings.seed, "step", plan.request)
-        write_manifest(step, inputs=plan.inputs, outputs=step.outputs, seed=seed, facts=facts)
-    wait()
-    return Sealed(plan.request, accepted, "; ".join(failed), read_manifest(step) or {})
+    return verdicts, failed
 
 
 def sealed_step(project: Project, request_id: str) -> Sealed | None:
@@ -229,7 +257,12 @@ def make_step(
     return gate_step(project, plan, unlearned, seconds={"total": time.monotonic() - started})
 
 
-def _limits(project: Project, settings: Settings) -> StopRule:
+def limits_of(project: Project, settings: Settings) -> StopRule:
+    """The targets as numbers.
+
+    Raises:
+        InputError: if one is the holdout's level and there is no holdout.
+    """
     base = read_json(project.base.evaluation)
 
     def number(level: Level, metric: str) -> float:
@@ -336,10 +369,6 @@ def _rest(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
     sets = {"utility": load_split(project, "utility"), **known_records(project)}
     examples = [example for name, records in sets.items() for example in encoder.examples(name, records)]
     return [example for example in examples if tuple(example.tokens.tolist()) not in gone]
-
-
-def _earlier(project: Project, encoder: Encoder, request_id: str) -> RecordSet:
-    return encoder.record_set(f"earlier/{request_id}", read_jsonl(project.request(request_id)))
 
 
 def _finite(step: Step) -> bool:

@@ -22,6 +22,29 @@ def matrix_tables(content: dict[str, Any]) -> Iterator[Table]:
         yield "Utility: P on what was never drawn on", ("model", *domains), rows
 
 
+def verify_tables(report: dict[str, Any]) -> Iterator[Table]:
+    """A verification for a terminal: what does not hold, then the gates on the fresh numbers."""
+    if report["findings"]:
+        rows = [
+            [one["kind"], one["where"], one["what"], _short(one["expected"]), _short(one["found"])]
+            for one in report["findings"]
+        ]
+        yield "What does not hold", ("", "step", "what", "recorded, or limit", "found"), rows
+    checks = [
+        [gate, check["what"], _short(check["value"]), _short(check["limit"]), "passed" if check["passed"] else "failed"]
+        for gate, verdict in report["gates"].items()
+        for check in verdict["checks"]
+    ]
+    if checks:
+        yield "Gates, on numbers measured now", ("gate", "check", "value", "limit", ""), checks
+
+
+def _short(value: Any) -> str | None:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return None if value is None else str(value)[:28]
+
+
 def _cell(cell: dict[str, Any] | None) -> str | None:
     if cell is None:
         return None

@@ -244,6 +244,33 @@ def evaluate(exact: bool, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--exact", is_flag=True, help="Measure all records of earlier requests, also where a step took a sample.")
+@JSON
+def verify(exact: bool, as_json: bool) -> None:
+    """Measure and judge the champion again, and check every digest of the chain under it.
+
+    Writes reports/verify.json. Exit status 1: something came back, or is not what was recorded.
+    """
+    from alkn.verify import verify_champion
+    from flows.checking import verify_tables
+    from tasks.progress import progress_bars
+
+    with progress_bars("verify") as progress:
+        report = verify_champion(_project(), exact=exact, progress=progress)
+    if as_json:
+        _say(json.dumps(report))
+    else:
+        for title, columns, rows in verify_tables(report):
+            _table(title, columns, rows)
+        for name, reason in report["missing"].items():
+            _say(f"not measured: {name}: {reason}")
+        verdict = "holds" if report["holds"] else f"does not hold: {len(report['findings'])} findings"
+        _say(f"{report['champion']} {verdict}; {report['compared']} numbers compared; written to reports/verify.json")
+    if not report["holds"]:
+        sys.exit(1)
+
+
+@cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="Where it all goes; made if missing.")
 @click.option("--workers", type=click.IntRange(1), help="Cells at a time [default: what the machine has].")

@@ -1,0 +1,211 @@
+"""The whole verification of the champion, made again: digests of the chain, its numbers, its gates, the attacks.
+
+Nothing of what an earlier run wrote is believed: the model is read from disk and measured, and what comes out
+is held against the recorded numbers and judged by the same gates. A forged manifest does not help whoever
+changed a number or put a model's knowledge back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import yaml
+
+from alkn.attacking import attack_stored
+from alkn.base import measure_base
+from alkn.core.scoring import Progress, no_progress
+from alkn.errors import AlknError, InputError
+from alkn.files import digest_of, digest_of_value, keyed_digest_of, read_json, write_json
+from alkn.manifest import code_version, read_manifest
+from alkn.project import Project, Step
+from alkn.records import Plan
+from alkn.requests.ledger import BASE, Ledger, load_ledger
+from alkn.runtime import Runtime
+from alkn.settings import Settings, load_settings
+from alkn.step import judge, limits_of, measure_step
+
+FORMAT = 1
+Kind = Literal["changed", "differs", "returned", "unmeasured"]
+Scalar = str | float | bool | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that does not hold.
+
+    Attributes:
+        kind: ``changed``: a file is not what a manifest or the ledger says; ``differs``: a number measured again is
+            not the recorded one; ``returned``: a gate that passed fails now; ``unmeasured``: no number.
+        where: a step's id, or a file of the project.
+        what: file, metric or gate.
+        expected: digest or number that was recorded.
+        found: what is there now.
+    """
+
+    kind: Kind
+    where: str
+    what: str
+    expected: Scalar = None
+    found: Scalar = None
+
+
+def verify_champion(project: Project, *, exact: bool = False, progress: Progress = no_progress) -> dict[str, Any]:
+    """Verify the newest accepted model and the chain under it; writes reports/verify.json.
+
+    Args:
+        project: with a base model and the key of its digests.
+        exact: measure all records of the earlier requests, also where the step was measured on samples.
+        progress: told about what is measured.
+
+    Returns:
+        ``holds``; ``champion``, ``model`` (its digest); ``findings``, see :class:`Finding`; ``evaluation``: the fresh
+        numbers; ``compared``: how many of them there are, and ``largest_difference`` from the recorded ones;
+        ``gates`` and ``attacks`` of the fresh numbers; ``steps`` checked; ``missing`` -> reason; ``made``, ``code``.
+
+    Raises:
+        InputError: if there is no base model, or no key.
+    """
+    if read_manifest(project.base) is None:
+        raise InputError("there is no base model yet; 'alkn run' makes it")
+    ledger, tolerance = load_ledger(project), project.settings().verification.tolerance
+    findings = list(_chain(project, ledger))
+    step = project.step(ledger.newest)
+    report: dict[str, Any] = {
+        "format": FORMAT, "champion": step.id, "model": digest_of(step.model) if step.model.exists() else None,
+        "exact": exact, "steps": [BASE, *ledger.accepted], "evaluation": {}, "compared": 0, "largest_difference": 0.0,
+        "gates": {}, "attacks": {}, "missing": {},
+    }  # fmt: skip
+    try:
+        findings += _measured_again(project, ledger, report, exact, tolerance, progress)
+    except (AlknError, OSError, ValueError, KeyError) as error:
+        # The words of an error may come from a file; its type and the step say enough.
+        report["missing"]["evaluation"] = f"{type(error).__name__}: the champion cannot be measured"
+        findings.append(Finding("unmeasured", step.id, "evaluation", found=type(error).__name__))
+    report["findings"] = [asdict(finding) for finding in findings]
+    report["holds"] = not findings
+    report |= {"made": datetime.now(UTC).isoformat(timespec="seconds"), "code": code_version()}
+    write_json(project.root / "reports" / "verify.json", report)
+    return report
+
+
+def _chain(project: Project, ledger: Ledger) -> Iterator[Finding]:
+    """What of base, accepted steps and request files is not as manifests and ledger say."""
+    key, previous = project.key(), BASE
+    splits = digest_of(project.splits) if project.splits.exists() else "none"
+    for name in (BASE, *ledger.accepted):
+        step, manifest = project.step(name), read_manifest(project.step(name))
+        if manifest is None:
+            yield Finding("changed", name, "manifest.json")
+            continue
+        for output, digest in manifest["outputs"].items():
+            path = step.folder / output
+            yield from _same(name, output, digest, digest_of(path) if path.exists() else None)
+        stated = dict(manifest["inputs"])
+        yield from _same(name, "params.yaml", stated.get("settings"), _settings_digest(step))
+        yield from _same(name, "data/splits", stated.get("splits", splits), splits)
+        if name == BASE:
+            continue
+        entry, path = ledger.accepted[name], project.request(name)
+        found = keyed_digest_of(path, key) if path.is_file() else None
+        yield from _same(name, f"data/requests/{name}.jsonl", stated.get("request"), found)
+        yield from _same(name, "data/ledger.yaml: digest", entry.digest, stated.get("request"))
+        yield from _same(name, "data/ledger.yaml: previous", entry.previous, previous)
+        yield from _same(name, "manifest.json: previous", manifest.get("previous"), previous)
+        yield from _same(name, "manifest.json: accepted", True, manifest.get("accepted"))
+        parent = (read_manifest(project.step(previous)) or {"outputs": {}})["outputs"]
+        yield from _same(name, "manifest.json: parent's model", stated.get("parent"), parent.get("model"))
+        evaluation = parent.get("evaluation.json")
+        yield from _same(name, "manifest.json: parent's evaluation", stated.get("parent_evaluation"), evaluation)
+        previous = name
+
+
+def _same(where: str, what: str, expected: Scalar, found: Scalar) -> Iterator[Finding]:
+    if expected != found:
+        yield Finding("changed", where, what, expected, found)
+
+
+def _settings_digest(step: Step) -> str | None:
+    """The digest of a step's frozen settings, as its manifest has it."""
+    if not step.params.is_file():
+        return None
+    if step.id == BASE:
+        return digest_of_value(yaml.safe_load(step.params.read_text(encoding="utf-8")))
+    return digest_of(step.params)
+
+
+def _measured_again(
+    project: Project, ledger: Ledger, report: dict[str, Any], exact: bool, tolerance: float, progress: Progress
+) -> Iterator[Finding]:
+    """Fill the report with fresh numbers, verdicts and curves."""
+    step = project.step(ledger.newest)
+    settings = load_settings(step.params)
+    recorded = read_json(step.evaluation)
+    if step.id == BASE:
+        fresh = measure_base(project, settings, Runtime(settings.run), progress).numbers()
+        report["missing"] |= dict.fromkeys(("gates", "attacks"), "no request is accepted: nothing had to be forgotten")
+    else:
+        fresh, _ = measure_step(project, _plan(project, ledger, settings, exact), progress=progress)
+    report["evaluation"] = fresh
+    yield from _compared(step.id, recorded, fresh, tolerance, report)
+    if step.id != BASE:
+        requests = tuple(ledger.accepted)
+        report["attacks"] = attack_stored(project, step, requests, settings, progress=progress)
+        report["gates"], failed = judge(
+            project, _plan(project, ledger, settings, exact), evaluation=fresh, attacks=report["attacks"],
+            reached=bool(read_json(step.unlearning)["reached"]),
+        )  # fmt: skip
+        for gate in (line.split(":", 1)[0] for line in failed):
+            yield from _failed_checks(step.id, gate, report["gates"][gate])
+
+
+def _plan(project: Project, ledger: Ledger, settings: Settings, exact: bool) -> Plan:
+    """The champion's step as it was planned; :func:`_chain` has looked at the digests."""
+    if exact:
+        whole = settings.evaluation.model_copy(update={"earlier_records": None})
+        settings = settings.model_copy(update={"evaluation": whole})
+    *earlier, request = ledger.accepted
+    previous = earlier[-1] if earlier else BASE
+    inputs = (read_manifest(project.step(request)) or {"inputs": {}})["inputs"]
+    return Plan(request, previous, tuple(earlier), settings, inputs, limits_of(project, settings))
+
+
+def _failed_checks(where: str, gate: str, verdict: Mapping[str, Any]) -> Iterator[Finding]:
+    failed = [check for check in verdict["checks"] if not check["passed"]]
+    for check in failed:
+        yield Finding("returned", where, f"{gate}: {check['what']}", check["limit"], check["value"])
+    if not failed:
+        yield Finding("returned", where, gate)
+
+
+def _compared(
+    where: str, recorded: Mapping[str, Any], fresh: Mapping[str, Any], tolerance: float, report: dict[str, Any]
+) -> Iterator[Finding]:
+    """Each number of the two evaluations that differs, or stands in one of them only."""
+    sizes = [{name: sample["records"] for name, sample in one.get("sampled", {}).items()} for one in (recorded, fresh)]
+    resampled = {name for one in sizes for name in one if sizes[0].get(name) != sizes[1].get(name)}
+    before, now = dict(_numbers(recorded)), dict(_numbers(fresh))
+    for name in sorted({*before, *now}):
+        if name[0] in resampled:
+            report["missing"][f"comparison of {name[0]}"] = "recorded on a sample, measured on all records now"
+            continue
+        old, new = before.get(name), now.get(name)
+        if old is None or new is None:
+            yield Finding("differs", where, ".".join(name), old, new)
+            continue
+        report["compared"] += 1
+        difference = abs(old - new)
+        report["largest_difference"] = max(report["largest_difference"], difference)
+        if not difference <= tolerance:
+            yield Finding("differs", where, ".".join(name), old, new)
+
+
+def _numbers(evaluation: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], float]]:
+    """(set or ``model``, metric) -> value; record numbers are none."""
+    for name, row in {**evaluation["sets"], "model": evaluation["model"]}.items():
+        for metric, value in row.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                yield (name, metric), float(value)

@@ -1,0 +1,222 @@
+"""``alkn verify``: an untouched chain holds; changed metrics, swapped models and returned knowledge are caught."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alkn.core.task_vector import TaskVector
+from alkn.errors import InputError
+from alkn.files import digest_of, keyed_digest_of, read_json, read_jsonl, write_json, write_yaml
+from alkn.models import load_model, load_tokenizer, save_model
+from alkn.project import Project, Step
+from alkn.requests.ledger import BASE, Entry, Ledger, load_ledger, save_ledger
+from alkn.settings import Settings
+from alkn.step import make_step
+from alkn.verify import verify_champion
+
+REQUESTS = ("r001", "r002")
+CHANGES: dict[str, Any] = {
+    "method": {"name": "gradient_difference", "lr": 0.003, "steps": 200},
+    "targets": {"p": 0.3, "exact_memorization": 0.9},
+    "gates": {"utility": {"enabled": False}, "robustness": {"probability": {"quantization": 0.6}}},
+    "attacks": {"quantization": {"bits": [8]}},
+}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_ground: Project, tiny_values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Two requests, unlearned and accepted. Read only."""
+    from alkn.settings import validate_settings
+
+    project = Project(tmp_path_factory.mktemp("made") / "p")
+    shutil.copytree(tiny_ground.root, project.root)
+    values = {**tiny_values, **CHANGES}
+    write_yaml(project.params, values)
+    settings = validate_settings(values, project.params)
+    accepted: dict[str, Entry] = {}
+    for name in REQUESTS:
+        write_yaml(project.step(name).params, settings.of_step())
+        previous, earlier = next(reversed(accepted), BASE), tuple(accepted)
+        sealed = make_step(project, name, previous=previous, earlier=earlier)
+        assert sealed.accepted, sealed.reason
+        digest = keyed_digest_of(project.request(name), project.key())
+        accepted[name] = Entry(received="2026-01-01", records=4, digest=digest, previous=previous)
+    save_ledger(project, Ledger(accepted=accepted))
+    return project
+
+
+@pytest.fixture
+def project(made: Project, tmp_path: Path) -> Project:
+    """A copy that a test may change."""
+    shutil.copytree(made.root, tmp_path / "p")
+    return Project(tmp_path / "p")
+
+
+def forge(step: Step) -> None:
+    """Make the manifest say what lies there now."""
+    manifest = read_json(step.manifest)
+    manifest["outputs"] = {name: digest_of(step.folder / name) for name in manifest["outputs"]}
+    write_json(step.manifest, manifest)
+
+
+def found(report: dict[str, Any]) -> set[tuple[str, str, str]]:
+    return {(one["kind"], one["where"], one["what"]) for one in report["findings"]}
+
+
+def test_an_untouched_chain_holds(project: Project) -> None:
+    before = digest_of(project.root / "steps")
+    report = verify_champion(project)
+    assert report["holds"] is True and report["findings"] == [] and report["champion"] == "r002"
+    assert report["largest_difference"] == 0.0 and report["compared"] > 20, "the same machine, the same numbers"
+    recorded = read_json(project.step("r002").gate)["gates"]
+    assert {gate: verdict["passed"] for gate, verdict in report["gates"].items()} == {
+        gate: verdict["passed"] for gate, verdict in recorded.items()
+    }
+    assert report["attacks"]["quantization"]["points"] and report["steps"] == ["base", *REQUESTS]
+    assert read_json(project.root / "reports" / "verify.json") == report
+    assert digest_of(project.root / "steps") == before, "nothing of the chain is touched"
+    for request in REQUESTS:
+        assert not any(row["answer"] in json.dumps(report) for row in read_jsonl(project.request(request)))
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_changed_metric_is_caught(project: Project, forged: bool) -> None:
+    step = project.step("r002")
+    evaluation = read_json(step.evaluation)
+    true = evaluation["sets"]["earlier/r001"]["probability"]
+    evaluation["sets"]["earlier/r001"]["probability"] = true / 2
+    write_json(step.evaluation, evaluation)
+    if forged:
+        forge(step)
+    report = verify_champion(project)
+    differs = ("differs", "r002", "earlier/r001.probability")
+    assert found(report) == ({differs} if forged else {differs, ("changed", "r002", "evaluation.json")})
+    number = next(one for one in report["findings"] if one["kind"] == "differs")
+    assert (number["expected"], number["found"]) == (true / 2, true)
+
+
+@pytest.mark.parametrize("forged", [False, True])
+def test_a_swapped_model_is_caught(project: Project, forged: bool) -> None:
+    step = project.step("r002")
+    shutil.rmtree(step.model)
+    shutil.copytree(project.base.model, step.model)
+    if forged:
+        forge(step)
+    report = verify_champion(project)
+    assert (("changed", "r002", "model") in found(report)) is not forged
+    assert ("differs", "r002", "forget.probability") in found(report)
+    assert ("returned", "r002", "forgetting: P, mean") in found(report)
+
+
+def test_knowledge_that_was_added_back_is_caught(project: Project) -> None:
+    """The task vector of the earlier request added to the champion, every number and digest forged to fit."""
+    step, earlier = project.step("r002"), project.step("r001")
+    model, tokenizer = load_model(step.model), load_tokenizer(step.model)
+    TaskVector.load(earlier.task_vector).apply_(model, 1.0)
+    shutil.rmtree(step.model)
+    save_model(model, tokenizer, step.model)
+    honest = verify_champion(project)["evaluation"]
+    write_json(step.evaluation, honest)
+    forge(step)
+    report = verify_champion(project)
+    assert not report["holds"] and ("returned", "r002", "no_return: P of r001") in found(report)
+    assert {one["kind"] for one in report["findings"]} == {"returned"}, "digests and numbers were forged to fit"
+    worst = next(one for one in report["findings"] if one["what"] == "no_return: P of r001")
+    assert worst["found"] > worst["expected"] == 0.3
+
+
+def test_each_file_that_the_chain_rests_on(project: Project) -> None:
+    """An earlier model, a request's file, splits, frozen settings, the ledger: each by its name, and no text."""
+    shutil.copy(project.base.model / "model.safetensors", project.step("r001").model / "model.safetensors")
+    path = project.request("r001")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    (project.splits / "generic.txt").write_text("other\n")
+    with open(project.step("r001").params, "a") as f:
+        f.write("# a word\n")
+    ledger = load_ledger(project)
+    ledger.accepted["r001"] = ledger.accepted["r001"].model_copy(update={"previous": "r000"})
+    save_ledger(project, ledger)
+    names = {(where, what) for kind, where, what in found(verify_champion(project)) if kind == "changed"}
+    assert names >= {
+        ("r001", "model"), ("r001", "data/requests/r001.jsonl"), ("r001", "params.yaml"),
+        ("r001", "data/ledger.yaml: previous"), ("r001", "data/splits"), ("r002", "data/splits"),
+        ("base", "data/splits"),
+    }  # fmt: skip
+    assert ("r002", "model") not in names
+
+
+def test_a_model_that_cannot_be_read_is_no_success(project: Project) -> None:
+    (project.step("r002").model / "model.safetensors").write_bytes(b"none")
+    report = verify_champion(project)
+    assert not report["holds"] and ("unmeasured", "r002", "evaluation") in found(report)
+
+
+def test_samples_of_earlier_requests(project: Project) -> None:
+    """A step that measures samples says so with bounds; the same sample again; all records on demand."""
+    values = read_json(project.step("r002").evaluation)
+    step = project.step("r002")
+    import yaml
+
+    frozen = yaml.safe_load(step.params.read_text())
+    frozen["evaluation"] |= {"earlier_records": 2}
+    write_yaml(step.params, frozen)
+    make_step(project, "r002", previous="r001", earlier=("r001",))
+    evaluation = read_json(step.evaluation)
+    sample = evaluation["sampled"]["earlier/r001"]
+    assert (sample["records"], sample["of"], sample["confidence"]) == (2, 4, 0.95)
+    for metric, (low, high) in sample["intervals"].items():
+        assert low <= values["sets"]["earlier/r001"][metric] <= high
+    per_record = read_json(step.per_record)["earlier/r001"]["probability"]
+    assert len(per_record) == 2
+    assert evaluation["sets"]["earlier/r001"]["probability"] == pytest.approx(sum(per_record.values()) / 2)
+    again, exact = verify_champion(project), verify_champion(project, exact=True)
+    assert again["holds"] and again["largest_difference"] == 0.0
+    assert exact["holds"] and list(exact["missing"]) == ["comparison of earlier/r001"]
+    now = exact["evaluation"]["sets"]["earlier/r001"]["probability"]
+    assert now == pytest.approx(values["sets"]["earlier/r001"]["probability"], abs=1e-6)
+
+
+def test_the_command_and_its_exit_status(project: Project, make_changed: Callable[[Project], None]) -> None:
+    from click.testing import CliRunner
+
+    from flows.cli import cli
+
+    here = Path.cwd()
+    try:
+        good = CliRunner().invoke(cli, ["-C", str(project.root), "verify", "--json"])
+        make_changed(project)
+        bad = CliRunner().invoke(cli, ["-C", str(project.root), "verify"])
+    finally:
+        os.chdir(here)
+    assert good.exit_code == 0 and json.loads(good.stdout)["holds"] is True
+    assert bad.exit_code == 1 and "r002 does not hold: 2 findings" in bad.output
+
+
+@pytest.fixture
+def make_changed() -> Callable[[Project], None]:
+    def change(project: Project) -> None:
+        evaluation = read_json(project.step("r002").evaluation)
+        evaluation["sets"]["forget"]["probability"] += 0.5
+        write_json(project.step("r002").evaluation, evaluation)
+
+    return change
+
+
+def test_a_chain_without_an_accepted_request(tiny_project: Callable[..., Project]) -> None:
+    project = tiny_project()
+    write_yaml(project.params, {})
+    report = verify_champion(project)
+    assert report["holds"] and report["champion"] == "base" and set(report["missing"]) == {"gates", "attacks"}
+
+
+def test_without_a_base_model(tmp_path: Path) -> None:
+    assert Settings().verification.tolerance == 1e-6
+    with pytest.raises(InputError, match="no base model yet"):
+        verify_champion(Project(tmp_path))
