@@ -34,6 +34,7 @@ from alkn.record_sets import Records, by_domain, generic_text, known_records, lo
 from alkn.requests.schema import form_of
 from alkn.runtime import Runtime
 from alkn.settings import Data, Settings
+from alkn.texts import text_digests, text_sets
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def base_inputs(project: Project, settings: Settings) -> dict[str, str]:
     inputs = {"settings": digest_of_value(settings.of_base())}
     if project.splits.exists():
         inputs["splits"] = digest_of(project.splits)
-    return inputs
+    return inputs | text_digests(project, settings.evaluation)
 
 
 def make_base(project: Project, settings: Settings, *, progress: Progress = no_progress) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def measure_base(project: Project, settings: Settings, runtime: Runtime, progres
     tokenizer = load_tokenizer(path, trust_remote_code=remote)
     encoder = Encoder(tokenizer, settings.data, context=context_length(path, trust_remote_code=remote))
     model = load_model(path, device=runtime.device, trust_remote_code=remote)
-    sets = project_sets(project, encoder)
+    sets = [*project_sets(project, encoder), *text_sets(project, encoder, settings.evaluation)]
     sets += [encoder.record_set(f"known/{name}", records) for name, records in known_records(project).items()]
     return measure_model(
         model,
@@ -200,7 +201,7 @@ def _check_level(metrics: dict[str, Any], settings: Settings) -> None:
         return
     level = settings.base.training.until
     for name, row in metrics["sets"].items():
-        if name != "holdout" and row["probability"] < level:
+        if name.split("/")[0] not in ("holdout", "text") and row["probability"] < level:
             raise AlknError(
                 f"the trained base model has P {row['probability']:.3f} on {name}, below base.training.until {level}:"
                 " train longer (base.training.epochs) or make it larger (base.architecture)"

@@ -153,7 +153,7 @@ Metric = Annotated[
     _choose(registry.metrics, ChosenMetric),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
 ]
-LATER = ("references", "earlier_records", "confidence")
+LATER = ("references", "texts", "earlier_records", "confidence")
 
 
 class Evaluation(Params):
@@ -162,6 +162,7 @@ class Evaluation(Params):
     Attributes:
         metrics: registered metrics, by name or with parameters.
         references: reference models to hold the model against, by the names of their folders in ``reference/``.
+        texts: name -> file of the user's own text that perplexity is measured on, ``.txt`` or JSON Lines.
         max_new_tokens: longest greedy answer.
         generate: sets on which the model also writes answers.
         earlier_records: records of an earlier request that a step is measured on, drawn by chance; ``null``: all.
@@ -175,6 +176,14 @@ class Evaluation(Params):
             "extraction_strength",
             "rouge_l",
             "truth_ratio",
+            "forget_quality",
+            "loss",
+            "zlib",
+            "min_k",
+            "privleak",
+            "repetition",
+            "gibberish",
+            "perplexity",
             "model_utility",
         ),
         validate_default=True,
@@ -182,6 +191,7 @@ class Evaluation(Params):
     max_new_tokens: int = Field(64, ge=1)
     generate: tuple[Literal["forget", "earlier", "retain", "utility", "holdout"], ...] = ("forget", "utility")
     references: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")], ...] = ()
+    texts: dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")], str] = {}
     earlier_records: int | None = Field(None, ge=1)
     confidence: float = Field(0.95, gt=0, lt=1)
 

@@ -51,6 +51,7 @@ from alkn.reference import open_reference
 from alkn.refusals import REFUSALS
 from alkn.runtime import Runtime
 from alkn.settings import Level, Settings, load_settings
+from alkn.texts import text_digests, text_sets
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def plan_step(
         "splits": digest_of(project.splits) if project.splits.exists() else "none",
         "settings": digest_of(project.step(request_id).params),
     }
+    inputs |= text_digests(project, settings.evaluation)
     inputs |= {f"reference/{name}": open_reference(project, name).digest for name in settings.evaluation.references}
     return Plan(request_id, previous, earlier, settings, inputs, limits_of(project, settings))
 
@@ -155,7 +157,7 @@ def measure_step(
     chosen = {name: earlier_records(project, name, plan.settings.evaluation.earlier_records) for name in plan.earlier}
     sets = [encoder.record_set("forget", read_jsonl(project.request(plan.request)))]
     sets += [encoder.record_set(f"earlier/{name}", sample.records) for name, sample in chosen.items()]
-    sets += project_sets(project, encoder)
+    sets += [*project_sets(project, encoder), *text_sets(project, encoder, plan.settings.evaluation)]
     measured = measure_model(
         model,
         sets,
@@ -167,6 +169,9 @@ def measure_step(
         base=lambda: load_model(project.base.model, device=runtime.device, trust_remote_code=remote),
     )
     metrics, per_record = measured.numbers(), measured.per_record()
+    against = {name.split("/")[1]: digest for name, digest in plan.inputs.items() if name.startswith("reference/")}
+    if against:
+        metrics["references"] = against
     sampled = {
         f"earlier/{name}": sample.bounds(per_record[f"earlier/{name}"], plan.settings.evaluation.confidence)
         for name, sample in chosen.items()

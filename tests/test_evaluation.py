@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 
 import pytest
+import torch
+from scipy.stats import ks_2samp
 
-from alkn.files import read_json, read_jsonl
+from alkn.encoding import Encoder
+from alkn.errors import InputError
+from alkn.files import digest_of, read_json, read_jsonl, write_json, write_yaml
 from alkn.manifest import read_manifest
-from alkn.project import Project
+from alkn.models import Architecture, context_length, load_model, load_tokenizer, new_model, save_model
+from alkn.project import Project, Step
 from alkn.record_sets import by_domain, load_split
+from alkn.reference import adopt_reference, open_reference, reference_ratios
+from alkn.registry import metrics
+from alkn.settings import Data, load_settings, validate_settings
 from alkn.step import evaluate_step, make_step, plan_step
 
 METHOD = {"name": "gradient_ascent", "steps": 20}
@@ -19,11 +28,6 @@ METHOD = {"name": "gradient_ascent", "steps": 20}
 @pytest.fixture(scope="module")
 def stepped(tiny_ground: Project, tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> Project:
     """The tiny project with one step made by a quick method."""
-    import shutil
-
-    from alkn.files import write_yaml
-    from alkn.settings import validate_settings
-
     project = Project(tmp_path_factory.mktemp("stepped") / "p")
     shutil.copytree(tiny_ground.root, project.root)
     settings = validate_settings({**tiny_values, "method": METHOD}, project.params)
@@ -38,9 +42,11 @@ def test_the_records_values_have_the_evaluations_means(step: str, stepped: Proje
     numbers = read_json(stepped.step(step).evaluation)["sets"]
     records = read_json(stepped.step(step).per_record)
     assert set(records) == set(numbers)
-    for name, metrics in records.items():
-        assert set(metrics) <= set(numbers[name])
-        for metric, values in metrics.items():
+    for name, measured in records.items():
+        assert set(measured) <= set(numbers[name])
+        for metric, values in measured.items():
+            if metric == "perplexity" or metric.startswith("forget_quality"):
+                continue  # not a mean of its records
             mean = math.fsum(values.values()) / len(values)
             assert numbers[name][metric] == pytest.approx(mean, rel=1e-12), f"{name}.{metric}"
     utility = by_domain(load_split(stepped, "utility"))
@@ -64,17 +70,119 @@ def test_the_records_values_are_an_output_without_text(step: str, stepped: Proje
     text = stepped.step(step).per_record.read_text()
     answers = [row["answer"] for row in read_jsonl(stepped.request("r001"))]
     assert not any(answer in text for answer in answers)
-    for metrics in read_json(stepped.step(step).per_record).values():
-        for values in metrics.values():
+    for measured in read_json(stepped.step(step).per_record).values():
+        for values in measured.values():
             assert all(number.isdecimal() and isinstance(value, float) for number, value in values.items())
 
 
 def test_evaluated_again_the_bytes_are_the_same(stepped: Project) -> None:
-    from alkn.settings import load_settings
-
     step = stepped.step("r001")
     files = (step.evaluation, step.per_record, step.metrics)
     before = [path.read_bytes() for path in files]
     plan = plan_step(stepped, "r001", previous="base", earlier=(), settings=load_settings(step.params))
     evaluate_step(stepped, plan)
     assert [path.read_bytes() for path in files] == before
+
+
+CHEAP = [name for name in metrics if metrics[name].scope == "records"]
+
+
+@pytest.fixture(scope="module")
+def whole(stepped: Project, tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> Project:
+    """The same step, measured by every metric, against a reference model of the user's, and on the user's text."""
+    project = Project(tmp_path_factory.mktemp("whole") / "p")
+    shutil.copytree(stepped.root, project.root)
+    (project.root / "letters.txt").write_text("The baker sells bread.\nThe town is small.\n" * 25)
+    tokenizer = load_tokenizer(project.base.model)
+    stranger = new_model(
+        Architecture(**tiny_values["base"]["architecture"]), vocab_size=len(tokenizer), eos_token_id=0, seed=5
+    )
+    save_model(stranger, tokenizer, project.root / "stranger")
+    reference = adopt_reference(project, project.root / "stranger")
+    evaluate_with(project, tiny_values, references=[reference.folder.name])
+    return project
+
+
+def evaluate_with(project: Project, values: dict[str, Any], **more: Any) -> None:
+    evaluation = {"max_new_tokens": 8, "metrics": CHEAP, "texts": {"letters": "letters.txt"}, **more}
+    settings = validate_settings({**values, "method": METHOD, "evaluation": evaluation}, project.params)
+    write_yaml(project.step("r001").params, settings.of_step())
+    assert load_settings(project.step("r001").params).evaluation == settings.evaluation
+    evaluate_step(project, plan_step(project, "r001", previous="base", earlier=(), settings=settings))
+
+
+def test_every_metric_of_sets_on_a_step(whole: Project) -> None:
+    """On the forget set each has a value; what does not apply to a set is neither measured nor missing there."""
+    found = read_json(whole.step("r001").evaluation)
+    assert set(CHEAP) - {"perplexity"} <= set(found["sets"]["forget"])
+    assert not any(name.startswith("forget.") for name in found["missing"])
+    assert "min_k_auc" in found["sets"]["forget"] and "min_k" not in found["sets"]["utility/facts"]
+    assert "loss" in found["sets"]["holdout"] and "loss_auc" not in found["sets"]["holdout"]
+
+
+def test_the_reference_is_named_with_its_digest(whole: Project) -> None:
+    """In the evaluation, and among what goes into the step."""
+    found = read_json(whole.step("r001").evaluation)["references"]
+    (folder,) = (whole.root / "reference").iterdir()
+    manifest = read_manifest(Step(folder))
+    assert manifest is not None and found == {folder.name: manifest["outputs"]["model"]}
+    plan = plan_step(whole, "r001", previous="base", earlier=(), settings=load_settings(whole.step("r001").params))
+    assert plan.inputs[f"reference/{folder.name}"] == manifest["outputs"]["model"]
+    assert plan.inputs["text/letters"] == digest_of(whole.root / "letters.txt")
+
+
+def test_the_references_numbers_are_the_stranger_models_own(whole: Project) -> None:
+    """AUC and truth ratios of the reference, computed from the model folder by the functions beneath."""
+    row = read_json(whole.step("r001").evaluation)["sets"]["forget"]
+    values = read_json(whole.step("r001").per_record)["forget"]["forget_quality_reference"]
+    settings = load_settings(whole.step("r001").params)
+    (folder,) = (whole.root / "reference").iterdir()
+    rows = read_jsonl(whole.request("r001"))
+    ratios = reference_ratios(open_reference(whole, folder.name), {"r001": rows}, settings)["r001"]
+    assert list(values.values()) == pytest.approx(ratios.values, rel=1e-9)
+    own = read_json(whole.step("r001").per_record)["forget"]["forget_quality"]
+    assert row["forget_quality"] == pytest.approx(ks_2samp(list(own.values()), ratios.values).pvalue, rel=1e-9)
+
+
+def test_the_perplexity_of_the_users_text(whole: Project) -> None:
+    """exp of the mean loss of all tokens, chunk after chunk, by a forward pass of each."""
+    found = read_json(whole.step("r001").evaluation)["sets"]["text/letters"]["perplexity"]
+    tokenizer, model = load_tokenizer(whole.step("r001").model), load_model(whole.step("r001").model)
+    losses = []
+    for example in Encoder(tokenizer, Data(), context=context_length(whole.base.model)).examples("x", [
+        {"id": 0, "text": (whole.root / "letters.txt").read_text()}
+    ]):  # fmt: skip
+        with torch.no_grad():
+            logits = model(input_ids=example.tokens[None]).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, example.tokens[1:], reduction="none"))
+    assert len(losses) > 1 and found == pytest.approx(float(torch.cat(losses).double().mean().exp()), rel=1e-4)
+
+
+def test_a_reference_that_saw_the_request_does_not_count(whole: Project, tiny_values: dict[str, Any]) -> None:
+    """The manifest says what it was made without."""
+    (folder,) = (whole.root / "reference").iterdir()
+    manifest = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", {**manifest, "without": ["r002"]})
+    try:
+        evaluate_with(whole, tiny_values, references=[folder.name])
+        found = read_json(whole.step("r001").evaluation)
+        for name in ("forget_quality", "privleak", "reference_loss"):
+            assert "made without r001" in found["missing"][f"forget.{name}"] and name not in found["sets"]["forget"]
+    finally:
+        write_json(folder / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"references": ["0123456789abcdef"]}, "no reference model reference/0123456789abcdef"),
+        ({"texts": {"gone": "gone.txt"}}, "evaluation.texts.gone: .*gone.txt: no such file"),
+    ],
+)
+def test_what_is_named_and_not_there_is_told_before_anything_is_done(
+    evaluation: dict[str, Any], message: str, whole: Project, tiny_values: dict[str, Any]
+) -> None:
+    values = {**tiny_values, "method": METHOD, "evaluation": {**tiny_values["evaluation"], **evaluation}}
+    settings = validate_settings(values, whole.params)
+    with pytest.raises(InputError, match=message):
+        plan_step(whole, "r001", previous="base", earlier=(), settings=settings)
