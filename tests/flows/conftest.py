@@ -64,7 +64,7 @@ class Place:
     """A project folder and the commands given in it."""
 
     def __init__(self, root: Path, env: dict[str, str]) -> None:
-        self.root, self.env = root, env
+        self.root, self.env = root, {**env, "PWD": str(root)}
         self.printed: list[str] = []
         self.progress = root.parent / "no-command-yet"
 

@@ -22,7 +22,7 @@ from alkn.requests.schema import read_records
 from alkn.settings import Data
 
 SETTINGS = (
-    "run.threads=1", "method.decay_steps=30", "method.rehearsal=64", "targets.p=0.05",
+    "run.threads=1", "method.lr=0.0005", "method.decay_steps=30", "method.rehearsal=64", "targets.p=0.05",
     "targets.exact_memorization=0.4", "gates.utility.base=0.1", "gates.utility.parent=0.1",
     "evaluation.max_new_tokens=8",
 )  # fmt: skip
