@@ -40,7 +40,7 @@ run: {threads: 1}
 git: {commit: true}
 """
 BIN = Path(sys.executable).parent
-PATIENCE = 300
+PATIENCE = 600
 
 
 def environment(home: Path) -> dict[str, str]:
