@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor, nn
 
 from alkn import registry
 from alkn.core.attack import Curve, Target
 from alkn.core.distributed import is_main, wait, whole_batches
-from alkn.core.scoring import Progress, no_progress
+from alkn.core.scoring import Example, Progress, no_progress
 from alkn.core.sharding import split_
 from alkn.encoding import Encoder
-from alkn.errors import AlknError
+from alkn.errors import AlknError, InputError
 from alkn.files import read_jsonl, write_json
 from alkn.models import context_length, load_model, load_tokenizer
 from alkn.project import Project, Step
-from alkn.record_sets import by_domain, load_split
+from alkn.record_sets import SPLITS, Records, by_domain, load_split
 from alkn.records import Plan
 from alkn.registry import Params
+from alkn.requests.schema import read_records
 from alkn.runtime import Runtime
 from alkn.settings import Settings
 
@@ -64,14 +69,84 @@ def attack_stored(
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     if runtime.split:
         split_(model, device=runtime.device)
-    target = Target(
-        model,
-        {name: encoder.examples(name, read_jsonl(project.request(name))) for name in requests},
-        {name: encoder.examples(name, rows) for name, rows in by_domain(load_split(project, "utility")).items()},
-        progress,
-    )
+    records = {name: read_jsonl(project.request(name)) for name in requests}
+    target = target_of(project, model, encoder, records, settings, name=step.id, progress=progress)
     report = run_attacks(target, settings.attacks)
     return {**report, "missing": {**report["missing"], **off}}
+
+
+def target_of(
+    project: Project,
+    model: nn.Module,
+    encoder: Encoder,
+    records: Mapping[str, Records],
+    settings: Settings,
+    *,
+    name: str,
+    progress: Progress = no_progress,
+) -> Target:
+    """What attacks are given, from a project's files.
+
+    Args:
+        project: whose splits are read; paths in the settings are relative to its folder.
+        model: on its device, at the precision it is stored in.
+        encoder: of the model.
+        records: request -> its records.
+        settings: device, and whether a folder's own code may run.
+        name: stands for ``{request}`` in the folder of an export.
+        progress: told about the attacks' steps.
+    """
+
+    def load(folder: str) -> tuple[nn.Module, int]:
+        folder = folder.replace("{request}", name)
+        path = project.root / Path(folder).expanduser()
+        device = next(model.parameters()).device
+        with _named(path, folder):
+            exported: Any = load_model(path, device=device, trust_remote_code=settings.base.trust_remote_code)
+        return exported, weight_bits(exported)
+
+    return Target(
+        model,
+        {request: encoder.examples(request, rows) for request, rows in records.items()},
+        {domain: encoder.examples(domain, rows) for domain, rows in by_domain(load_split(project, "utility")).items()},
+        progress,
+        asked={request: encoder.asked(rows) for request, rows in records.items()},
+        related=lambda text: _related(project, encoder, text),
+        load=load,
+        decode=encoder.decode,
+        eos=encoder.tokenizer.eos_token_id,
+    )
+
+
+def weight_bits(model: Any) -> int:
+    """Bits of a weight: what the folder's quantisation says, else those of the first weight's type."""
+    said: Any = getattr(model.config, "quantization_config", None) or {}
+    values = said.to_dict() if hasattr(said, "to_dict") else dict(said)
+    for key, bits in (("bits", values.get("bits")), ("load_in_4bit", 4), ("load_in_8bit", 8)):
+        if values.get(key) and bits:
+            return int(bits)
+    first: Tensor = next(model.parameters())
+    return 8 * first.element_size()
+
+
+def _related(project: Project, encoder: Encoder, text: str) -> Sequence[Example]:
+    """A split of the project, or a user's file of records or of plain text."""
+    if text in SPLITS:
+        return encoder.examples(text, load_split(project, text))
+    path = project.root / Path(text).expanduser()
+    with _named(path, text):
+        return encoder.examples("related text", read_records(path))
+
+
+@contextmanager
+def _named(path: Path, given: str) -> Iterator[None]:
+    """What goes wrong with a path is told by its name in the settings: a report holds no place of a machine."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), given)) from None
+    except (ImportError, ValueError, RuntimeError) as error:  # of a quantised form that is not installed here
+        raise InputError(f"{given}: cannot be loaded ({type(error).__name__})") from None
 
 
 def run_attacks(target: Target, attacks: Mapping[str, Params]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from alkn.core.asked import Asked, Turn
 from alkn.core.probe import RecordSet
 from alkn.core.scoring import Example
 from alkn.errors import InputError
-from alkn.requests.schema import form_of
+from alkn.requests.schema import FORMS, form_of
 from alkn.settings import Data
 
 
@@ -62,6 +63,19 @@ class Encoder:
         """Only the examples of a set; see :meth:`record_set`."""
         return self.record_set(name, records).examples
 
+    def asked(self, records: Sequence[Mapping[str, Any]]) -> list[Asked | None]:
+        """The question behind each example of :meth:`examples`, as text; ``None`` where there is none to ask."""
+        out: list[Asked | None] = []
+        for record in records:
+            form = form_of(record)
+            if form == "text":
+                out += [None] * len(self._chunks(record["text"]))
+            elif form == "chat" and record["messages"][-2]["role"] != "user":
+                out.append(None)
+            else:
+                out.append(self._asked(record, form))
+        return out
+
     def answer(self, text: str) -> Tensor:
         """Token ids of an answer alone, as it stands after a question: a space before it, end of sequence after it."""
         return torch.tensor(self._completion(" " + text))
@@ -88,6 +102,26 @@ class Encoder:
         if form == "chat":
             return [self._chat(record["messages"])]
         return self._chunks(record["text"])
+
+    def _asked(self, record: Mapping[str, Any], form: str) -> Asked:
+        if form == "chat":
+            own = (record["messages"][-2]["content"], record["messages"][-1]["content"])
+        else:
+            own = (record[FORMS[form][0]], record[FORMS[form][1]])
+
+        def encode(question: str, before: Sequence[Turn] = (), answer: str | None = None) -> Example | None:
+            said = own[1] if answer is None else answer
+            if form == "chat":
+                example = self._chat(_conversation(record["messages"][:-2], [*before, (question, said)]))[0]
+            elif form == "question/answer":
+                frame = self._data.question_template
+                turns = [f"{frame.replace('{question}', q)} {a}" for q, a in before]
+                example = self._pair("\n\n".join([*turns, frame.replace("{question}", question)]), " " + said)
+            else:
+                example = self._pair("\n\n".join([*(q + a for q, a in before), question]), said)
+            return example if example.tokens.numel() <= self._context else None
+
+        return Asked(*own, encode, record.get("paraphrased_question"), record.get("paraphrased_answer"))
 
     def _paraphrase(self, record: Mapping[str, Any]) -> Example | None:
         text = record.get("paraphrased_answer")
@@ -129,3 +163,13 @@ class Encoder:
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special).input_ids)
+
+
+def _conversation(before: Sequence[Mapping[str, str]], turns: Sequence[Turn]) -> list[dict[str, str]]:
+    """Messages, then turns of user and assistant."""
+    said = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [*map(dict, before), *said]

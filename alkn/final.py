@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from alkn import registry
+from alkn.attacking import run_attacks
 from alkn.core.attack import Target
 from alkn.core.forget_quality import ks_test
 from alkn.core.probe import RecordSet
 from alkn.core.scoring import Progress, no_progress
 from alkn.core.truth_ratio import TruthRatios, truth_ratios
-from alkn.errors import AlknError
 
 ATTACKS: Mapping[str, Mapping[str, Any]] = {"relearning": {}, "quantization": {}}
 
@@ -30,6 +30,7 @@ def final_report(
     *,
     utility: Mapping[str, RecordSet] | None = None,
     attacks: Mapping[str, Mapping[str, Any]] = ATTACKS,
+    target: Target | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Attack a model and hold it against references. The model is unchanged afterwards.
@@ -50,26 +51,22 @@ def final_report(
             shows how far apart honest models are. Empty: no forget quality, and the report says so.
         utility: set name -> encoded records that should still be known.
         attacks: registered attack -> its parameters.
+        target: what they are given; ``None``: the sets above, without the records' texts.
         progress: told about the attacks' steps.
 
     Returns:
         Plain numbers: an entry an attack (see :meth:`alkn.core.attack.Curve.as_dict`), ``forget_quality``
         (see :func:`forget_quality`), and ``missing``: name -> why it is not there.
     """
-    target = Target(
+    target = target or Target(
         model,
         {name: records.examples for name, records in sets_by_request.items()},
         {name: records.examples for name, records in (utility or {}).items()},
         progress,
     )
-    report: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    for name, values in attacks.items():
-        entry = registry.attacks[name]
-        try:
-            report[name] = entry.call(target, entry.params.model_validate(values)).as_dict()
-        except AlknError as error:
-            missing[name] = str(error)
+    given = {name: registry.attacks[name].params.model_validate(values) for name, values in attacks.items()}
+    report = run_attacks(target, given)
+    missing: dict[str, str] = report.pop("missing")
     if references:
         own = {name: truth_ratios(model, records) for name, records in sets_by_request.items()}
         report["forget_quality"], reasons = forget_quality(own, references)

@@ -267,8 +267,7 @@ class Tracker(_Store):
             if attack == "missing":
                 continue
             for point in curve["points"]:
-                of = f"attack/{attack}{'.' + point['name'] if 'name' in point else ''}"
-                numbers = {f"{of}/{metric}": point[metric] for metric in ("probability", "exact_memorization")}
+                numbers = {f"attack/{attack}/{metric}": point[metric] for metric in curve["about"]}
                 self._log_numbers(run_id, numbers, step=int(point["at"]))
         for attack, reason in report["missing"].items():
             self._client.set_tag(run_id, f"missing.attack.{attack}", reason[:500])

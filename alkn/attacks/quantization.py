@@ -9,8 +9,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from alkn.core.attack import Curve, Point, Target, numbered
-from alkn.core.scoring import score
+from alkn.core.attack import Curve, Target, known_at
+from alkn.core.distributed import refuse_split
 from alkn.registry import Params, register_attack
 
 
@@ -41,13 +41,14 @@ def quantization(target: Target, params: QuantizationParams) -> Curve:
 
     The first point is the given model, at the width of its dtype.
     """
+    refuse_split(target.model, "quantization")
     stored = next(target.model.parameters()).dtype
-    points, share = [_measure(target, target.model, torch.finfo(stored).bits)], 0.0
+    points, share = [known_at(torch.finfo(stored).bits, target, target.model)], 0.0
     for done, bits in enumerate(params.bits):
         target.progress("quantization", done, len(params.bits))
         copied = copy.deepcopy(target.model)
         share = quantize_(copied, bits=bits)
-        points.append(_measure(target, copied, bits))
+        points.append(known_at(bits, target, copied))
     target.progress("quantization", len(params.bits), len(params.bits))
     return Curve("bits", tuple(points), {"share_rounded": share})
 
@@ -92,9 +93,3 @@ def rounded_rows(weight: Tensor, *, bits: int) -> Tensor:
     steps = torch.round(exact * levels / largest.clamp_min(torch.finfo(torch.float64).tiny))
     nearest: Tensor = steps * largest / levels
     return nearest.to(weight.dtype)
-
-
-def _measure(target: Target, model: nn.Module, bits: int) -> Point:
-    owners, records = numbered(target.forgotten)
-    utility = {name: float(score(model, examples).probability.mean()) for name, examples in target.utility.items()}
-    return Point.of(bits, score(model, records), owners, utility)

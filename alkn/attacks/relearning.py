@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping, Sequence
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Generator, nn
-from torch.optim import AdamW
 
-from alkn.core.attack import Curve, Point, Target, numbered
-from alkn.core.scoring import Example, Progress, collate, endless_batches, no_progress, score
-from alkn.core.training import answer_loss
-from alkn.errors import InputError, TrainingDiverged
+from alkn.attacks.budgets import Rising
+from alkn.core.attack import Curve, Target, numbered
+from alkn.core.relearning import points_of_training
+from alkn.core.scoring import Example, Progress, no_progress
+from alkn.errors import InputError
 from alkn.registry import Params, register_attack
 
 STEPS = (0, 5, 10, 20, 40)
@@ -31,17 +29,10 @@ class RelearningParams(Params):
     """
 
     share: float = Field(0.1, gt=0, lt=1)
-    steps: tuple[int, ...] = STEPS
+    steps: Rising = STEPS
     lr: float = Field(5e-4, gt=0)
     batch_size: int = Field(16, ge=1)
     seed: int = Field(0, ge=0)
-
-    @field_validator("steps")
-    @classmethod
-    def _rising(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if not steps or steps[0] < 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
-            raise ValueError("expected numbers of steps, each larger than the one before, none below 0")
-        return steps
 
 
 @register_attack("relearning", params=RelearningParams, source="Hu et al. 2024; Lynch et al. 2024; docs/METHOD.md")
@@ -113,23 +104,11 @@ def relearn_requests(
     if not held:
         raise InputError("relearning: no record is left to measure on; give more records or a smaller share")
     rest, owners = [records[i] for i in held], [owners[i] for i in held]
-    points = [Point.of(0, score(model, rest), owners)] if steps[0] == 0 else []
-    copied = copy.deepcopy(model).float().requires_grad_(True).eval()
     size = min(batch_size, len(shown))
-    optimizer = AdamW(copied.parameters(), lr=lr, weight_decay=0.0, foreach=True)
-    batches = endless_batches(len(shown), size, generator or Generator().manual_seed(0))
-    device, loss = next(copied.parameters()).device, answer_loss()
-    for step in range(1, steps[-1] + 1):
-        progress("relearning", step - 1, steps[-1])
-        value = loss(copied, collate(shown, next(batches), device=device))
-        if not math.isfinite(float(value.detach())):
-            raise TrainingDiverged(f"relearning: the loss of step {step} is {float(value.detach())}")
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step in steps:
-            points.append(Point.of(step, score(copied, rest), owners))
-    progress("relearning", steps[-1], steps[-1])
+    points = points_of_training(
+        model, shown, rest, owners, steps=steps, lr=lr, batch_size=size,
+        generator=generator or Generator().manual_seed(0), progress=progress,
+    )  # fmt: skip
     return Curve(
         unit="steps",
         points=tuple(points),

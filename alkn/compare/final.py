@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alkn import registry
+from alkn.attacking import target_of
 from alkn.compare.config import Comparison
 from alkn.core.scoring import Progress, no_progress
 from alkn.encoding import Encoder
@@ -15,7 +16,6 @@ from alkn.final import final_report
 from alkn.manifest import check_step
 from alkn.models import context_length, load_model, load_tokenizer
 from alkn.project import Project
-from alkn.record_sets import by_domain, load_split
 from alkn.reference import Reference, make_reference, reference_ratios, request_records
 from alkn.runtime import Runtime
 from alkn.settings import Settings
@@ -76,14 +76,12 @@ def measure_final(
     encoder = Encoder(tokenizer, settings.data, context=context_length(last.model, trust_remote_code=remote))
     records = {name: request_records(project, name) for name in requests}
     made = make_references(ground, settings, comparison, requests)
+    model = load_model(last.model, device=runtime.device, trust_remote_code=remote)
     report = final_report(
-        load_model(last.model, device=runtime.device, trust_remote_code=remote),
+        model,
         {name: encoder.record_set(name, rows) for name, rows in records.items()},
         {reference.digest: reference_ratios(reference, records, settings) for reference in made},
-        utility={
-            name: encoder.record_set(name, rows) for name, rows in by_domain(load_split(project, "utility")).items()
-        },
         attacks=comparison.attacks,
-        progress=progress,
+        target=target_of(project, model, encoder, records, settings, name=last.id, progress=progress),
     )
     write_json(path, {"inputs": inputs, **report})
