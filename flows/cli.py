@@ -196,10 +196,20 @@ def serve() -> None:
 
 
 @cli.command()
+@click.option(
+    "--html", "page", is_flag=False, flag_value="reports/report.html", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write one page with everything that is known [default FILE: reports/report.html].",
+)  # fmt: skip
 @JSON
-def report(as_json: bool) -> None:
-    """The chain as a table."""
-    _show_report(_project(), as_json)
+def report(page: Path | None, as_json: bool) -> None:
+    """The chain as a table, or as one page of HTML that needs no network."""
+    if page is None:
+        _show_report(_project(), as_json)
+        return
+    from flows.reporting import write_page
+
+    answer = write_page(_project(), page)
+    _say(json.dumps(answer) if as_json else f"{answer['html']}: {answer['requests']} requests decided")
 
 
 @cli.command()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -18,26 +14,7 @@ from matplotlib.ticker import NullFormatter
 
 from alkn.compare.results import CellResult, Results, Row, Spread
 from alkn.files import write_bytes
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, less the yellow, which is hard to see on white."""
-DASHES = ("-", "--", ":", "-.")
-MARKERS = "osD^vP*X<>hp"
-STYLE: Any = {
-    "font.size": 10.0, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
-    "svg.hashsalt": "alkn", "legend.frameon": False,
-}  # fmt: skip
-FLOOR = 1e-6
-"""Smallest P on a logarithmic axis."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """How one method is drawn, the same in every picture."""
-
-    colour: str
-    dash: str
-    marker: str
+from alkn.report.drawing import FLOOR, Look, look_of, new_figure, rendered, style
 
 
 def write_plots(folder: Path, results: Results) -> list[Path]:
@@ -45,10 +22,10 @@ def write_plots(folder: Path, results: Results) -> list[Path]:
     rows = [row for row in results.rows if row.done]
     if not rows:
         return []
-    looks = {row.entry.label: _look(number) for number, row in enumerate(results.rows)}
+    looks = {row.entry.label: look_of(number) for number, row in enumerate(results.rows)}
     written = []
     attacks = dict.fromkeys(name for row in rows for cell in row.done for name in cell.attacks)
-    with matplotlib.rc_context(STYLE):
+    with style():
         for name, figure in (
             ("utility", utility_figure(rows, looks)),
             ("front", front_figure(rows, looks, results.domain)),
@@ -65,7 +42,7 @@ def utility_figure(rows: Sequence[Row], looks: dict[str, Look]) -> Figure:
     A step at which some seed missed the targets has a hollow marker: there the forgetting is not equal.
     """
     domains = list(rows[0].done[0].base.never)
-    figure, axes = _figure(1, len(domains), width=4.2, height=4.4)
+    figure, axes = new_figure(1, len(domains), width=4.2, height=4.4)
     for axis, domain in zip(axes, domains, strict=True):
         for row in rows:
             look = looks[row.entry.label]
@@ -96,7 +73,7 @@ def utility_curve(row: Row, domain: str) -> Iterator[tuple[Spread, bool]]:
 
 def front_figure(rows: Sequence[Row], looks: dict[str, Look], domain: str) -> Figure:
     """Forgetting against utility at the end: P of the worst request, and its exact memorization. Better is up, left."""
-    figure, axes = _figure(1, 2, width=5.0, height=4.4)
+    figure, axes = new_figure(1, 2, width=5.0, height=4.4)
     limits = rows[0].done[0].limits
     panels = (
         ("p", "P of the forget sets, worst request", limits.p),
@@ -137,7 +114,7 @@ def front_figure(rows: Sequence[Row], looks: dict[str, Look], domain: str) -> Fi
 
 def attack_figure(rows: Sequence[Row], looks: dict[str, Look], attack: str) -> Figure:
     """P of the forgotten records against what an attack on the last model spends: mean and range over seeds."""
-    figure, (axis,) = _figure(1, 1, width=5.6, height=4.4)
+    figure, (axis,) = new_figure(1, 1, width=5.6, height=4.4)
     unit = "budget"
     for row in rows:
         curves = [cell.final[attack] for cell in row.done if attack in cell.final]
@@ -166,7 +143,7 @@ def cascade_figure(rows: Sequence[Row]) -> Figure:
     columns = min(4, len(rows))
     lines = math.ceil(len(rows) / columns)
     chain = rows[0].done[0].chain
-    figure, axes = _figure(lines, columns, width=3.2, height=2.9)
+    figure, axes = new_figure(lines, columns, width=3.2, height=2.9)
     image = None
     for axis, row in zip(axes, rows, strict=False):
         matrix = cascade(row.done)
@@ -211,21 +188,6 @@ def _above_floor(spread: Spread) -> Spread:
     return Spread(spread.n, max(spread.mean, FLOOR), spread.std, max(spread.low, FLOOR), max(spread.high, FLOOR))
 
 
-def _look(number: int) -> Look:
-    return Look(
-        COLOURS[number % len(COLOURS)],
-        DASHES[number // len(COLOURS) % len(DASHES)],
-        MARKERS[number % len(MARKERS)],
-    )
-
-
-def _figure(lines: int, columns: int, *, width: float, height: float) -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(max(6.0, width * columns + 1.6), height * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
-    return figure, [axis for line in grid for axis in line]
-
-
 def _legend(figure: Figure, rows: Sequence[Row], looks: dict[str, Look], *, note: str) -> None:
     handles = [
         Line2D([], [], color=look.colour, ls=look.dash, marker=look.marker, label=row.title)
@@ -237,9 +199,7 @@ def _legend(figure: Figure, rows: Sequence[Row], looks: dict[str, Look], *, note
 
 def _save(figure: Figure, path: Path) -> list[Path]:
     written = []
-    for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-        data = io.BytesIO()
-        figure.savefig(data, format=kind, **options)
-        write_bytes(path.with_suffix(f".{kind}"), data.getvalue())
+    for kind in ("png", "svg"):
+        write_bytes(path.with_suffix(f".{kind}"), rendered(figure, kind))
         written.append(path.with_suffix(f".{kind}"))
     return written

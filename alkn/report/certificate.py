@@ -36,7 +36,7 @@ def certificate_of(facts: Decided, *, project: str, issued: date, key: str, prog
         "project": project,
         "forgotten": facts.accepted,
         "statement": statement(facts),
-        "request": _request(facts),
+        "request": request_of(facts),
         "chain": {"previous": facts.manifest["previous"], "earlier": list(facts.manifest["earlier"])},
         "method": {name: facts.params[name] for name in ("method", "targets", "lora") if name in facts.params},
         "seed": str(facts.manifest["seed"]),
@@ -167,7 +167,8 @@ def limits(facts: Decided) -> list[str]:
     ]
 
 
-def _request(facts: Decided) -> dict[str, Any]:
+def request_of(facts: Decided) -> dict[str, Any]:
+    """What was asked for, and when; ``late`` is ``None`` where no due day was set."""
     entry = facts.entry
     late = None if entry.due is None or entry.decided is None else entry.decided > entry.due
     return {
