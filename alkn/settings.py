@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -22,6 +20,7 @@ from pydantic import (
 )
 
 from alkn import registry
+from alkn.choices import Chosen, ChosenMetric, choose, explain, parameters_of, refuse_unknown
 from alkn.errors import InputError, WrongKeys
 from alkn.formats import check_cron, check_tracking_uri
 from alkn.lora import Lora
@@ -94,63 +93,9 @@ class Targets(Params):
     margin: float = Field(0.8, gt=0, le=1)
 
 
-class Chosen(BaseModel):
-    """A registered entry's name with its validated parameters, written as one flat mapping."""
-
-    model_config = ConfigDict(frozen=True)
-    name: str
-    params: Params
-
-    @model_serializer
-    def _flat(self) -> dict[str, Any]:
-        return {"name": self.name, **self.params.model_dump(mode="json")}
-
-
-def _refuse_unknown(known: registry.Registry, names: Mapping[str, str]) -> None:
-    """Refuse names that nobody registered, all at once; a name maps to its key below the section."""
-    unknown = [
-        (key, registry.unknown_name(known.kind, name, known)) for name, key in names.items() if name not in known
-    ]
-    if unknown:
-        raise WrongKeys(unknown)
-
-
-def _parameters(entry: registry.Entry, values: Any) -> Params:
-    """An entry's parameters from plain values; its wrong keys are those of the section that it stands in."""
-    try:
-        return entry.params.model_validate(values)
-    except ValidationError as error:
-        raise WrongKeys(_faults(error, entry.params)) from None
-
-
-def _choose(known: registry.Registry, kind: type[Chosen] = Chosen) -> BeforeValidator:
-    def validate(value: Any) -> Any:
-        if isinstance(value, Chosen):
-            return value
-        if isinstance(value, str):
-            value = {"name": value}
-        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise ValueError(f"expected a mapping with the key 'name', one of: {', '.join(known)}")
-        rest = {k: v for k, v in value.items() if k != "name"}
-        _refuse_unknown(known, {value["name"]: ""})
-        entry = known[value["name"]]
-        return kind(name=entry.name, params=_parameters(entry, rest))
-
-    return BeforeValidator(validate)
-
-
-class ChosenMetric(Chosen):
-    """A metric; one that has no parameters is written as its name alone."""
-
-    @model_serializer
-    def _flat(self) -> Any:
-        rest = self.params.model_dump(mode="json")
-        return {"name": self.name, **rest} if rest else self.name
-
-
 Metric = Annotated[
     ChosenMetric,
-    _choose(registry.metrics, ChosenMetric),
+    choose(registry.metrics, ChosenMetric),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
 ]
 LATER = ("references", "texts", "earlier_records", "confidence")
@@ -273,14 +218,14 @@ def _empty_if_null(value: Any) -> Any:
 def _gates(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError("expected a mapping of gate names to their settings")
-    _refuse_unknown(registry.gates, {str(name): str(name) for name in value})
+    refuse_unknown(registry.gates, {str(name): str(name) for name in value})
     # Only an empty entry is the default: ``utility: false`` must not pass for a gate that was switched off.
     given = {name: {} if params is None else params for name, params in value.items()}
     out: dict[str, Params] = {}
     faults: list[tuple[str, str]] = []
     for name, entry in registry.gates.items():
         try:
-            out[name] = _parameters(entry, given.get(name, {}))
+            out[name] = parameters_of(entry, given.get(name, {}))
         except WrongKeys as wrong:
             faults += [(f"{name}.{key}".rstrip("."), fault) for key, fault in wrong.faults]
     if faults:
@@ -291,12 +236,12 @@ def _gates(value: Any) -> Any:
 def _attacks(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError("expected a mapping of attack names to their budgets; {} switches all of them off")
-    _refuse_unknown(registry.attacks, {str(name): str(name) for name in value})
+    refuse_unknown(registry.attacks, {str(name): str(name) for name in value})
     out: dict[str, Params] = {}
     faults: list[tuple[str, str]] = []
     for name, params in value.items():
         try:
-            out[name] = _parameters(registry.attacks[name], {} if params is None else params)
+            out[name] = parameters_of(registry.attacks[name], {} if params is None else params)
         except WrongKeys as wrong:
             faults += [(f"{name}.{key}".rstrip("."), fault) for key, fault in wrong.faults]
     if faults:
@@ -309,10 +254,10 @@ class Settings(Params):
 
     project: Project = Project()
     seed: int = Field(0, ge=0)
-    benchmark: Annotated[Chosen, _choose(registry.benchmarks)] | None = None
+    benchmark: Annotated[Chosen, choose(registry.benchmarks)] | None = None
     data: Data = Data()
     base: Base = Base()
-    method: Annotated[Chosen, _choose(registry.methods)] = Field(default="alkn", validate_default=True)
+    method: Annotated[Chosen, choose(registry.methods)] = Field(default="alkn", validate_default=True)
     lora: Annotated[Lora, BeforeValidator(_empty_if_null)] = Lora()
     targets: Targets = Targets()
     evaluation: Evaluation = Evaluation()
@@ -438,47 +383,3 @@ def _override(values: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise InputError(f"--set {override!r}: the value is not valid YAML") from None
-
-
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line an error: key, what was expected, what was found, the nearest known key."""
-    lines = [f"{(prefix + key).rstrip('.') or 'settings'}: {fault}" for key, fault in _faults(error, model)]
-    return list(dict.fromkeys(lines))
-
-
-def _faults(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
-    """Each error as its key and what is wrong with it."""
-    faults: list[tuple[str, str]] = []
-    for item in error.errors(include_url=False):
-        path, known = _resolve(model, item["loc"])
-        key = ".".join(path)
-        cause = item.get("ctx", {}).get("error")
-        if isinstance(cause, WrongKeys):
-            faults += [(f"{key}.{below}".strip("."), fault) for below, fault in cause.faults]
-            continue
-        if item["type"] == "extra_forbidden":
-            faults.append((key, registry.unknown_name("key", path[-1], known)))
-            continue
-        found = item.get("input")
-        shown = repr(found) if isinstance(found, str | int | float | None) else f"a {type(found).__name__}"
-        expected = item["msg"].removeprefix("Value error, ")
-        faults.append((key, f"{expected[:1].lower() + expected[1:]}; found {shown}"))
-    return faults
-
-
-def _resolve(model: Any, loc: Sequence[Any]) -> tuple[list[str], list[str]]:
-    """The keys of a location, without pydantic's own union labels, and the keys known at its parent."""
-    path: list[str] = []
-    known: list[str] = []
-    for part in loc:
-        fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if fields is None:
-            if isinstance(part, int):
-                path.append(str(part))
-                inner = [a for a in get_args(model) if isinstance(a, type) and issubclass(a, BaseModel)]
-                model = inner[0] if inner else None
-            continue
-        known = sorted(fields)
-        path.append(str(part))
-        model = fields[part].annotation if part in fields else None
-    return path, known

@@ -16,10 +16,11 @@ import pytest
 from pydantic import BaseModel
 
 from alkn import registry
+from alkn.choices import Chosen
 from alkn.errors import InputError
 from alkn.membership import MembershipParams
 from alkn.methods.descent_params import DescentParams, PaceParams
-from alkn.settings import Chosen, Settings, load_settings
+from alkn.settings import Settings, load_settings
 from flows.cli import cli
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,10 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from alkn import registry
+from alkn.choices import explain
 from alkn.errors import InputError
 from alkn.registry import Params
-from alkn.settings import Settings, explain, read_mapping, validate_settings
+from alkn.settings import Settings, read_mapping, validate_settings
 from alkn.splits import FileParams
 
 DEFAULTS: dict[str, dict[str, Any]] = {"run": {"threads": 1}, "evaluation": {"generate": []}, "attacks": {}}
