@@ -6,7 +6,7 @@ QUIET := DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TE
 export ALKN_DATA ?= $(wildcard $(abspath ../shared/data))
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint bench bench-tofu bench-speed clean distclean
+.PHONY: help install demo test lint bench bench-tofu bench-speed bench-evaluation clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -43,6 +43,9 @@ bench-tofu: install  ## The TOFU protocol of docs/EXPERIMENTS.md, next to the pu
 
 bench-speed: install  ## Speed, memory and cost as ratios measured in one run (docs/PERFORMANCE.md)
 	$(BIN)/python -m flows.bench_speed
+
+bench-evaluation: install  ## What a step's evaluation costs, on the TOFU chain that 'make bench' left (docs/PERFORMANCE.md)
+	$(BIN)/python -m flows.bench_evaluation .bench/tofu/base/seed0
 
 clean:  ## Back to the three pending requests
 	git checkout --quiet -- data/ledger.yaml

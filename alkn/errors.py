@@ -38,6 +38,20 @@ class RequestsRejected(AlknError):
         super().__init__(f"rejected: {', '.join(row['request'] for row in decided if not row['accepted'])}")
 
 
+class DoesNotHold(AlknError):
+    """A verification is over, and something came back or is not what was recorded.
+
+    Args:
+        report: see :func:`alkn.verify.verify_champion`.
+    """
+
+    def __init__(self, report: dict[str, Any]) -> None:
+        self.report = report
+        found = [f"{one['where']}: {one['kind']}: {one['what']}" for one in report["findings"]]
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        super().__init__(f"{report['champion']} does not hold: {'; '.join(found[:3])}{more}")
+
+
 class TrainingDiverged(AlknError):
     """A loss or a weight stopped being a finite number."""
 

@@ -199,10 +199,11 @@ class Tracking(Params):
 
 
 class Prefect(Params):
-    """The deployment that ``alkn serve`` serves; home and port stand in prefect.toml."""
+    """The deployments that ``alkn serve`` serves; home and port stand in prefect.toml."""
 
     deployment: str = Field("scheduled", pattern=r"^[A-Za-z0-9_-]+$")
     cron: Annotated[str, AfterValidator(check_cron)] = "0 3 * * *"
+    verify_cron: Annotated[str, AfterValidator(check_cron)] = "0 5 * * sun"
 
 
 class Git(Params):

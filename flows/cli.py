@@ -189,10 +189,10 @@ def run(overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
 
 @cli.command()
 def serve() -> None:
-    """Serve the deployment with its schedule, until stopped."""
-    from flows.server import serve_deployment
+    """Serve the deployments with their schedules, until stopped."""
+    from flows.server import serve_deployments
 
-    serve_deployment(_project())
+    serve_deployments(_project())
 
 
 @cli.command()

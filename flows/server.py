@@ -1,15 +1,18 @@
-"""Which Prefect server is spoken to, and the deployment that it schedules."""
+"""Which Prefect server is spoken to, and the deployments that it schedules."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 import tomllib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from alkn.errors import InputError
 from alkn.project import Project
@@ -46,8 +49,8 @@ def project_api(root: Path) -> str | None:
     return None if url is None else str(url)
 
 
-def serve_deployment(project: Project) -> None:
-    """Serve ``continual-unlearn`` under the name and schedule of the settings; one run at a time.
+def serve_deployments(project: Project) -> None:
+    """Serve ``continual-unlearn`` and ``reverify`` under the name and schedules of the settings; one run at a time.
 
     Raises:
         InputError: if the server does not answer.
@@ -58,18 +61,49 @@ def serve_deployment(project: Project) -> None:
             f"no Prefect server answers at {url}; start it first: prefect server start --host 127.0.0.1 --background"
         )
     settings = project.settings().prefect
+    from prefect import Flow, serve
     from prefect.types.entrypoint import EntrypointType
 
     from flows.continual_unlearn import continual_unlearn
+    from flows.reverify import reverify
 
-    continual_unlearn.serve(
-        name=settings.deployment,
-        cron=settings.cron,
-        limit=1,
-        parameters={"project_folder": str(project.root)},
-        entrypoint_type=EntrypointType.MODULE_PATH,
-        description="Unlearn every pending deletion request of this project, in the ledger's order.",
-    )
+    served: dict[Flow[..., Any], tuple[str, str]] = {
+        continual_unlearn: (settings.cron, "Unlearn every pending deletion request of this project, in its order."),
+        reverify: (settings.verify_cron, "Verify this project's newest accepted model again."),
+    }
+    # Registering comes before Prefect's own handler is there, and a signal between the two must pause as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        deployments: list[Any] = [
+            flow.to_deployment(
+                name=settings.deployment,
+                cron=cron,
+                parameters={"project_folder": str(project.root)},
+                entrypoint_type=EntrypointType.MODULE_PATH,
+                description=description,
+            )
+            for flow, (cron, description) in served.items()
+        ]
+        serve(*deployments, limit=1)
+    finally:
+        _pause([f"{flow.name}/{settings.deployment}" for flow in served])
+
+
+def _pause(names: Sequence[str]) -> None:
+    """Pause deployments that nobody serves any more.
+
+    Prefect's runner does so too when it stops, unless the signal hits while one of its own tasks is at work:
+    the exit that its handler raises there cancels the calls that pause.
+    """
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectException
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
+        for name in names:
+            with suppress(PrefectException):  # it was never registered
+                client.pause_deployment(client.read_deployment_by_name(name).id)
 
 
 def _comes_up(url: str, root: Path) -> bool:

@@ -40,8 +40,8 @@ class Served:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return json.load(reply)
 
-    def deployment(self) -> Any:
-        found = self.ask("deployments/filter")
+    def deployment(self, flow: str = "continual-unlearn") -> Any:
+        found = self.ask("deployments/filter", flows={"name": {"any_": [flow]}})
         return found[0] if found else None
 
     def runs(self, state: str) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def served(ready: Place, fresh: Callable[..., Place]) -> Iterator[Served]:
         place.call("prefect", "server", "start", "--host", "127.0.0.1", "--background")
         serving = place.start("alkn", "serve")
         up = Served(place, serving)
-        wait_for(lambda: answers(up.port) and up.deployment(), "the deployment", alive=serving)
+        wait_for(lambda: answers(up.port) and up.deployment("reverify"), "the deployments", alive=serving)
         yield up
     finally:
         if serving is not None:
@@ -85,6 +85,9 @@ def test_the_schedule_is_registered(served: Served) -> None:
     assert [s["schedule"]["cron"] for s in deployment["schedules"] if s["active"]] == ["0 3 * * *"]
     assert deployment["parameters"] == {"project_folder": str(served.place.root)}
     assert deployment["paused"] is False
+    verification = served.deployment("reverify")
+    assert [s["schedule"]["cron"] for s in verification["schedules"] if s["active"]] == ["0 5 * * sun"]
+    assert (verification["name"], verification["parameters"]) == ("scheduled", deployment["parameters"])
     wait_for(lambda: served.runs("SCHEDULED"), "a run planned by the scheduler")
 
 
@@ -160,7 +163,8 @@ def test_a_run_that_rejects_a_request_ends_as_failed_when_all_is_recorded(
 def test_serving_stops_when_told(served: Served) -> None:
     kill(served.serving, signal.SIGTERM)
     assert served.serving.returncode is not None
-    assert served.deployment()["paused"] is True, "nobody is left to take what is scheduled"
+    for flow in ("continual-unlearn", "reverify"):
+        assert served.deployment(flow)["paused"] is True, "nobody is left to take what is scheduled"
 
 
 def test_a_worker_of_a_work_pool_takes_the_runs_instead(served: Served, warm_alkn: Callable[..., Any]) -> None:
@@ -171,9 +175,10 @@ def test_a_worker_of_a_work_pool_takes_the_runs_instead(served: Served, warm_alk
     assert added.returncode == 0, added.stderr
     place.call("prefect", "work-pool", "create", "--type", "process", "alkn")
     place.call("prefect", "deploy", "--all")
-    (deployment,) = [d for d in served.ask("deployments/filter") if d["name"] == "scheduled"]
-    assert (deployment["work_pool_name"], deployment["paused"]) == ("alkn", False)
-    assert deployment["parameters"] == {"project_folder": str(place.root)}
+    for flow in ("continual-unlearn", "reverify"):
+        deployment = served.deployment(flow)
+        assert (deployment["work_pool_name"], deployment["paused"]) == ("alkn", False)
+        assert deployment["parameters"] == {"project_folder": str(place.root)}
     worker = place.start("prefect", "worker", "start", "--pool", "alkn")
     try:
         assert served.run().wait(PATIENCE) == 0
