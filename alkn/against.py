@@ -11,7 +11,7 @@ from alkn.core.probe import Probe, References
 from alkn.encoding import Encoder
 from alkn.models import context_length, load_model, load_tokenizer
 from alkn.project import Project
-from alkn.record_sets import Records, earlier_records, load_split
+from alkn.record_sets import Records, by_domain, earlier_records, load_split
 from alkn.reference import Reference, open_reference, request_records
 from alkn.runtime import Runtime
 from alkn.settings import Settings
@@ -42,8 +42,9 @@ class ReferenceModels:
             return References(reason=NONE_NAMED)
         kind, _, name = set_name.partition("/")
         request = self._request if kind == "forget" else name
-        if kind in ("forget", "earlier", "known"):
-            fitting = [member for member in self._members if member.never_saw(request)]
+        fitting = self._members
+        if kind in ("forget", "earlier"):
+            fitting = [member for member in fitting if member.never_saw(request)]
             size = self._settings.evaluation.earlier_records if kind == "earlier" else None
             sampled = size is not None and self._project.request(request).is_file()
             records = (
@@ -52,9 +53,13 @@ class ReferenceModels:
                 else request_records(self._project, request)
             )
         elif kind == "holdout":
-            fitting, records = self._members, load_split(self._project, "holdout")
+            records = load_split(self._project, "holdout")
+        elif kind in ("retain", "utility"):
+            records = by_domain(load_split(self._project, kind))[name]
         else:
-            return References(reason="reference models are asked about what is to be forgotten, and the holdout")
+            return References(reason="reference models are not asked about this set")
+        if not records:
+            return References(reason="there are no records")
         if not fitting:
             return References(reason=f"no reference model that evaluation.references names was made without {request}")
         return References({member.reference.digest: member.probe(set_name, records, self) for member in fitting})
@@ -90,6 +95,7 @@ class _Member:
                 self.encoder.record_set(set_name, records),
                 decode=self.encoder.decode,
                 eos=self.encoder.tokenizer.eos_token_id,
+                max_new_tokens=self._settings.evaluation.answer_length(set_name),
                 holdout=self._holdout(set_name, models),
             )
         return self._probes[set_name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,18 +36,21 @@ class Measurements:
     Attributes:
         sets: set -> metric -> value or reason, with the records' values.
         model: metric -> value or reason.
+        ceiling: digest of a reference model -> set -> metric -> its own value.
     """
 
     sets: Mapping[str, Mapping[str, Measured]]
     model: Mapping[str, Measured]
+    ceiling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, Any]:
         """The content of evaluation.json.
 
         ``sets`` -> set -> metric -> value, with the 95th percentile and the worst record numbers of P;
-        ``model`` -> metric -> value; ``missing`` -> ``set.metric`` -> the reason.
+        ``model`` -> metric -> value; ``missing`` -> ``set.metric`` -> the reason; ``ceiling``, where there is a
+        reference model: digest -> set -> metric -> value.
         """
-        return _as_numbers(self.sets, self.model)
+        return _as_numbers(self.sets, self.model) | ({"ceiling": dict(self.ceiling)} if self.ceiling else {})
 
     def per_record(self) -> dict[str, Any]:
         """The content of per_record.json: set -> metric -> record number, as text -> value; no text of a record."""
@@ -88,11 +91,7 @@ def measure_model(
     measured: dict[str, dict[str, Measured]] = {}
     for done, (name, probe) in enumerate(probes.items()):
         progress("evaluate", done, len(sets))
-        measured[name] = {
-            chosen.name: registry.metrics[chosen.name].call(probe, chosen.params)
-            for chosen in settings.metrics
-            if registry.metrics[chosen.name].scope == "records" and registry.metrics[chosen.name].looks_at(name)
-        }
+        measured[name] = _measured(probe, settings)
     progress("evaluate", len(sets), len(sets))
     view = View(measured, probes, model, encoder, eos, base)
     whole = {
@@ -100,7 +99,28 @@ def measure_model(
         for chosen in settings.metrics
         if registry.metrics[chosen.name].scope == "model"
     }
-    return Measurements(measured, whole)
+    return Measurements(measured, whole, _ceiling(probes, settings))
+
+
+def _measured(probe: Probe, settings: Evaluation) -> dict[str, Measured]:
+    """The metrics of single sets that make sense on this one."""
+    entries = [(registry.metrics[chosen.name], chosen.params) for chosen in settings.metrics]
+    return {
+        entry.name: entry.call(probe, params)
+        for entry, params in entries
+        if entry.scope == "records" and entry.looks_at(probe.records.name)
+    }
+
+
+def _ceiling(probes: Mapping[str, Probe], settings: Evaluation) -> dict[str, dict[str, Any]]:
+    """What an honest model says: each set under the first reference model that never saw it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, probe in probes.items():
+        if probe.references.first is not None:
+            digest = next(iter(probe.references.probes))
+            # What compares with a reference has no value here: it is one.
+            found.setdefault(digest, {})[name] = _row(_measured(probe.references.first, settings))[0]
+    return found
 
 
 def _probes(
@@ -114,13 +134,12 @@ def _probes(
     """The model before each set; the holdout's is known to all others."""
     probes: dict[str, Probe] = {}
     for records in sorted(sets, key=lambda one: one.name != HOLDOUT):
-        generate = records.name.split("/")[0] in settings.generate
         probes[records.name] = Probe(
             model,
             records,
             decode=encoder.decode,
             eos=eos,
-            max_new_tokens=settings.max_new_tokens if generate else None,
+            max_new_tokens=settings.answer_length(records.name),
             holdout=probes.get(HOLDOUT),
             references=partial(references, records.name),
         )

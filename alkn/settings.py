@@ -140,6 +140,10 @@ class Evaluation(Params):
     earlier_records: int | None = Field(None, ge=1)
     confidence: float = Field(0.95, gt=0, lt=1)
 
+    def answer_length(self, set_name: str) -> int | None:
+        """Longest greedy answer on a set; ``None`` where the model writes none."""
+        return self.max_new_tokens if set_name.split("/")[0] in self.generate else None
+
     @field_validator("metrics")
     @classmethod
     def _judged_by(cls, chosen: tuple[ChosenMetric, ...]) -> tuple[ChosenMetric, ...]:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from scipy.stats import ks_2samp
 
+from alkn.base import project_sets
 from alkn.encoding import Encoder
 from alkn.errors import InputError
+from alkn.evaluation import evaluate_model
 from alkn.files import digest_of, read_json, read_jsonl, write_json, write_yaml
 from alkn.manifest import read_manifest
 from alkn.models import Architecture, context_length, load_model, load_tokenizer, new_model, save_model
@@ -144,6 +146,23 @@ def test_the_references_numbers_are_the_stranger_models_own(whole: Project) -> N
     assert row["forget_quality"] == pytest.approx(ks_2samp(list(own.values()), ratios.values).pvalue, rel=1e-9)
 
 
+def test_the_ceiling_is_the_reference_models_own_evaluation(whole: Project) -> None:
+    """Set by set what the stranger has when it is measured by itself; nothing that compares it with itself."""
+    found = read_json(whole.step("r001").evaluation)
+    ((digest, ceiling),) = found["ceiling"].items()
+    assert [digest] == list(found["references"].values())
+    settings = load_settings(whole.step("r001").params)
+    tokenizer = load_tokenizer(whole.base.model)
+    encoder = Encoder(tokenizer, Data(), context=context_length(whole.base.model))
+    sets = [encoder.record_set("forget", read_jsonl(whole.request("r001"))), *project_sets(whole, encoder)]
+    alone = evaluate_model(load_model(whole.root / "stranger"), sets, encoder, settings.evaluation, eos=0)["sets"]
+    assert set(ceiling) == set(alone)
+    for name, row in ceiling.items():
+        assert row == pytest.approx({metric: alone[name][metric] for metric in row})
+    assert {"probability", "rouge_l", "loss_auc"} <= set(ceiling["forget"])
+    assert not {"forget_quality", "privleak"} & set(ceiling["forget"])
+
+
 def test_the_perplexity_of_the_users_text(whole: Project) -> None:
     """exp of the mean loss of all tokens, chunk after chunk, by a forward pass of each."""
     found = read_json(whole.step("r001").evaluation)["sets"]["text/letters"]["perplexity"]
@@ -170,6 +189,22 @@ def test_a_reference_that_saw_the_request_does_not_count(whole: Project, tiny_va
             assert "made without r001" in found["missing"][f"forget.{name}"] and name not in found["sets"]["forget"]
     finally:
         write_json(folder / "manifest.json", manifest)
+
+
+def test_without_a_holdout_a_reference_still_counts(whole: Project, tiny_values: dict[str, Any]) -> None:
+    """What needs the holdout says so, under the model; the rest has its values."""
+    (folder,) = (whole.root / "reference").iterdir()
+    holdout = whole.splits / "holdout.jsonl"
+    kept = holdout.read_bytes()
+    holdout.unlink()
+    try:
+        evaluate_with(whole, tiny_values, references=[folder.name])
+        found = read_json(whole.step("r001").evaluation)
+        assert {"forget_quality", "loss", "reference_loss"} <= set(found["sets"]["forget"])
+        for name in ("privleak", "loss_auc", "min_k_auc", "reference_loss_auc"):
+            assert "no holdout" in found["missing"][f"forget.{name}"]
+    finally:
+        holdout.write_bytes(kept)
 
 
 @pytest.mark.parametrize(
