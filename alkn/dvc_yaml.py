@@ -60,4 +60,24 @@ def dvc_stages(*, benchmark: bool, splits: bool, own_model: bool) -> dict[str, A
             "metrics": ["steps/${key}/metrics.json"],
         },
     }
-    return {"vars": ["data/ledger.yaml"], "params": ["params.yaml"], "stages": stages}
+    return {"vars": ["data/ledger.yaml"], "params": ["params.yaml"], "stages": stages, "plots": _plots()}
+
+
+def _plots() -> list[dict[str, Any]]:
+    """What ``dvc plots show`` draws: the tables of the report, which are derived and no output of any stage."""
+    drawn = {
+        "forgetting": ("step", "P of each request while it was unlearned"),
+        "utility": ("requests", "P of what was never drawn on"),
+        "attacks": ("spent", "P that attacks bring back"),
+    }
+    return [
+        {
+            name: {
+                "x": {f"reports/plots/{name}.csv": x},
+                "y": {f"reports/plots/{name}.csv": "probability"},
+                "template": "scatter",
+                "title": title,
+            }
+        }
+        for name, (x, title) in drawn.items()
+    ]

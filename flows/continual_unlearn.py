@@ -21,6 +21,7 @@ from tasks.evaluate import evaluate
 from tasks.gate import gate
 from tasks.prepare import prepare_base, prepare_data
 from tasks.record import close_chain_run, complete_records, nominate, open_chain_run, record
+from tasks.report import report
 from tasks.unlearn import unlearn
 from tasks.version import version
 
@@ -62,6 +63,7 @@ def continual_unlearn(
                 if load_ledger(project).where(request) == "pending":  # it may have been withdrawn meanwhile
                     decided.append(process(project, request, settings, chain_run))
             done = True
+            report(project, settings, chain_run)
         finally:
             close_chain_run(project, settings, chain_run, failed=not done)
         rows = [{"request": s.request, "accepted": s.accepted, "reason": s.reason} for s in decided]

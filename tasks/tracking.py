@@ -130,6 +130,15 @@ class Tracker(_Store):
         """End a run."""
         self._guarded(lambda: self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED"))
 
+    def log_files(self, run_id: str, files: Sequence[Path], *, folder: str) -> None:
+        """Log files as artifacts of a run, in a folder of its own."""
+
+        def log() -> None:
+            for path in files:
+                self._client.log_artifact(run_id, str(path), folder)
+
+        self._guarded(log)
+
     def log_base(self) -> None:
         """Log the base model once: a run, its metrics, a logged model and the first registered version."""
 

@@ -53,12 +53,13 @@ class Story:
         return [name.partition("/")[2] for name in self.base.get("sets", {}) if name.startswith("utility/")]
 
 
-def read_story(project: Project, name: str) -> Story:
+def read_story(project: Project, name: str, *, check: bool = True) -> Story:
     """Read everything that the report tells; a step that cannot be read is named with the reason.
 
     Args:
         project: whose chain.
         name: of the project.
+        check: hold every output of every step against its digest first.
     """
     ledger = load_ledger(project)
     read: dict[str, list[Decided]] = {"accepted": [], "rejected": []}
@@ -66,7 +67,7 @@ def read_story(project: Project, name: str) -> Story:
     for verdict, found in read.items():
         for request in getattr(ledger, verdict):
             try:
-                found.append(read_decided(project, request))
+                found.append(read_decided(project, request, check=check))
             except AlknError as error:
                 unread[request] = str(error)
     digests = {}
@@ -144,7 +145,8 @@ def attack_rows(story: Story) -> Iterator[Row]:
                 yield {
                     "request": facts.id, "attack": attack, "variant": point.get("name", ""), "unit": curve["unit"],
                     "spent": point["at"], "probability": point["probability"],
-                    "exact_memorization": point["exact_memorization"],
+                    "exact_memorization": point["exact_memorization"], "rouge_l": point.get("rouge_l"),
+                    "contained": point.get("contained"),
                 }  # fmt: skip
 
 
