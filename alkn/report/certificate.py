@@ -114,7 +114,7 @@ def not_measured(facts: Decided, without_interval: Mapping[str, list[str]]) -> I
     for name, verdict in facts.gate["gates"].items():
         if verdict["passed"] is None:
             yield f"gate {name}", verdict["reason"]
-    if not facts.references:
+    if not facts.honest:
         yield "distance from a model that never saw the records", "there is no reference model without this request"
     if facts.per_record is None:
         yield "intervals", "the step has no per_record.json: it was made by a version that did not write it"
@@ -199,7 +199,6 @@ def _beside(facts: Decided, set_name: str, metric: str, value: float, without: d
         row["before"] = float(before[metric])
     if metric in base:
         row["base"] = float(base[metric])
-    if set_name == "forget":
-        reference = {digest: float(known[metric]) for digest, known in facts.references.items() if metric in known}
-        row |= {"reference": reference} if reference else {}
+    reference = facts.reference_values(set_name, metric)
+    row |= {"reference": reference} if reference else {}
     return row

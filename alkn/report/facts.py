@@ -58,6 +58,21 @@ class Decided:
         first = self.unlearning["rounds"][0]
         return {"probability": first["p"], "exact_memorization": first["exact_memorization"]}
 
+    @property
+    def honest(self) -> list[str]:
+        """Digests of the models that never saw the records and that a number is here of."""
+        return sorted({*self.references, *self.evaluation.get("ceiling", {})})
+
+    def reference_values(self, set_name: str, metric: str) -> dict[str, float]:
+        """Digest of a model that never saw the records -> its own number on one of the step's sets."""
+        found = {}
+        if set_name == "forget":
+            found = {digest: known[metric] for digest, known in self.references.items() if metric in known}
+        for digest, sets in self.evaluation.get("ceiling", {}).items():
+            if isinstance(sets.get(set_name, {}).get(metric), int | float):
+                found[digest] = sets[set_name][metric]
+        return {digest: float(value) for digest, value in found.items()}
+
     def base_row(self, set_name: str) -> Numbers:
         """The base model's numbers on one of the step's sets; on forgotten records, where they were measured."""
         sets = self.base.get("sets", {})

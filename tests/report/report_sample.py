@@ -79,6 +79,8 @@ def write_step(project: Project, request: str, previous: str, earlier: tuple[str
         step.unlearning,
         {"reached": True, "passes": 80, "task_vector": {"nonzero": 9, "norm": 1.5}, "rounds": rounds},
     )
+    if request == "r002":
+        evaluation["ceiling"] = {"sha256:ceiling": {"retain/facts": {"probability": 0.655, "worst_records": [1]}}}
     write_json(step.evaluation, evaluation)
     write_json(step.per_record, records)
     write_json(step.metrics, {"forget": {"probability": evaluation["sets"]["forget"]["probability"]}})

@@ -91,6 +91,7 @@ def test_it_says_what_was_asked_measured_and_judged(project: Project) -> None:
     low, high = p["interval"]
     assert low < p["value"] < high
     assert list(p["reference"].values()) == [0.012] and next(iter(p["reference"])).startswith("sha256:")
+    assert document["metrics"]["retain/facts"]["probability"]["reference"] == {"sha256:ceiling": 0.655}
     assert "interval" not in document["metrics"]["forget"]["truth_ratio"]
     assert document["attacks"]["relearning"]["points"][-1]["probability"] == 0.45
     assert document["attacks"]["relearning"]["budget"] == {"share": 0.1, "lr": 5e-4}
