@@ -41,7 +41,7 @@ def jailbreak(target: Target, params: JailbreakParams) -> Curve:
         return [record.encode(question) for question in asked]
 
     records = variants(target.asked, make)
-    found = worst_so_far(target.model, records.examples, records.most)
+    found = worst_so_far(target.model, records.examples, records.most, progress=target.progress, label="jailbreak")
     return Curve(
         "wrappers",
         tuple(Point.of_values(at, p, hits, records.owners) for at, (p, hits) in enumerate(found)),

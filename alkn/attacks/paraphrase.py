@@ -49,7 +49,7 @@ def paraphrase(target: Target, params: ParaphraseParams) -> Curve:
         return made + [record.encode(frame.replace("{question}", record.question)) for frame in params.wordings]
 
     records = variants(target.asked, make)
-    found = worst_so_far(target.model, records.examples, records.most)
+    found = worst_so_far(target.model, records.examples, records.most, progress=target.progress, label="paraphrase")
     return Curve(
         "wordings",
         tuple(Point.of_values(at, p, hits, records.owners) for at, (p, hits) in enumerate(found)),

@@ -14,6 +14,7 @@ from matplotlib.ticker import NullFormatter
 
 from alkn.compare.results import CellResult, Results, Row, Spread
 from alkn.files import write_bytes
+from alkn.report import words
 from alkn.report.drawing import FLOOR, Look, look_of, new_figure, rendered, style
 
 
@@ -113,19 +114,20 @@ def front_figure(rows: Sequence[Row], looks: dict[str, Look], domain: str) -> Fi
 
 
 def attack_figure(rows: Sequence[Row], looks: dict[str, Look], attack: str) -> Figure:
-    """P of the forgotten records against what an attack on the last model spends: mean and range over seeds."""
+    """What an attack moves, of the forgotten records, against what it spends: mean and range over seeds."""
     figure, (axis,) = new_figure(1, 1, width=5.6, height=4.4)
-    unit = "budget"
+    unit, name = "budget", "P"
     for row in rows:
         curves = [cell.final[attack] for cell in row.done if attack in cell.final]
         if not curves:
             continue
         unit, spent = curves[0]["unit"], [point["at"] for point in curves[0]["points"]]
+        metric, name = words.about(curves[0])[0]
         falling = spent != sorted(spent)
         # What is spent may fall, as the bits of a weight do: then each point has a place of its own.
         places = list(range(len(spent))) if falling else spent
         seeds = zip(*(curve["points"] for curve in curves), strict=True)
-        spreads = [Spread.of([point["probability"] for point in points]) for points in seeds]
+        spreads = [Spread.of([point[metric] for point in points]) for points in seeds]
         known = [(x, spread) for x, spread in zip(places, spreads, strict=True) if spread is not None]
         at, look = [x for x, _ in known], looks[row.entry.label]
         axis.plot(at, [s.mean for _, s in known], look.dash, color=look.colour, marker=look.marker, ms=6, lw=1.6)
@@ -133,7 +135,7 @@ def attack_figure(rows: Sequence[Row], looks: dict[str, Look], attack: str) -> F
             at, [s.low for _, s in known], [s.high for _, s in known], color=look.colour, alpha=0.15, lw=0
         )
         axis.set_xticks(places, map(str, spent))
-    axis.set(title=attack, xlabel=unit, ylabel="P of the forgotten records", ylim=(-0.02, 1.02))
+    axis.set(title=attack, xlabel=unit, ylabel=f"{name} of the forgotten records", ylim=(-0.02, 1.02))
     _legend(figure, rows, looks, note="mean and range over seeds")
     return figure
 

@@ -207,7 +207,7 @@ def _heading(name: str) -> str:
     if kind == "never":
         return f"**{domain}, never drawn on**"
     if kind == "attack":
-        return f"P after {domain}"
+        return f"after {domain}" if domain == "sampling" else f"P after {domain}"
     return HEADINGS.get(name, name)
 
 

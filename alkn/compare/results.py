@@ -15,6 +15,7 @@ from alkn.compare.final import final_file, wanted_of
 from alkn.files import read_json
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
+from alkn.report import words
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,8 @@ class CellResult:
         out["passes"] = float(sum(step.passes for step in self.steps))
         out["seconds"] = sum(s for s in seconds if s is not None) if None not in seconds else None
         for name in self.attacks:
-            out[f"attack/{name}"] = self.final[name]["points"][-1]["probability"] if name in self.final else None
+            curve = self.final.get(name)
+            out[f"attack/{name}"] = curve["points"][-1][words.about(curve)[0][0]] if curve is not None else None
         tests = self.final.get("forget_quality", {}).values()
         if tests:
             out["quality_min"] = min(test["p_value"] for test in tests)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from alkn.core.scoring import Example, score
+from alkn.core.scoring import Example, Progress, no_progress, score
 from alkn.errors import InputError
 
 Turn = tuple[str, str]
@@ -97,13 +97,22 @@ def variants(
     return Variants(owners, examples, left_out, missing)
 
 
-def worst_so_far(model: nn.Module, rows: Sequence[Sequence[Example]], number: int) -> list[tuple[Tensor, Tensor]]:
+def worst_so_far(
+    model: nn.Module,
+    rows: Sequence[Sequence[Example]],
+    number: int,
+    *,
+    progress: Progress = no_progress,
+    label: str = "asking",
+) -> list[tuple[Tensor, Tensor]]:
     """P and exact memorization of each record, the largest over its first variants.
 
     Args:
         model: a causal language model on its device.
         rows: per record its variants, at least one; a record with fewer stays at its last value.
         number: how many variants beside the first are looked at.
+        progress: told about every variant.
+        label: what the progress shows.
 
     Returns:
         For 0, 1, ..., ``number`` variants beside the first: (P, exact memorization), ``[records]`` each, float64.
@@ -112,10 +121,12 @@ def worst_so_far(model: nn.Module, rows: Sequence[Sequence[Example]], number: in
     p, hits = first.probability.clone(), first.exact_memorization.clone()
     found = [(p.clone(), hits.clone())]
     for place in range(1, number + 1):
+        progress(label, place, number + 1)
         having = [i for i, row in enumerate(rows) if len(row) > place]
         if having:
             now = score(model, [rows[i][place] for i in having])
             p[having] = torch.maximum(p[having], now.probability)
             hits[having] = torch.maximum(hits[having], now.exact_memorization)
         found.append((p.clone(), hits.clone()))
+    progress(label, number + 1, number + 1)
     return found

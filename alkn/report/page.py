@@ -94,7 +94,8 @@ def _request(facts: Decided) -> dict[str, Any]:
             if metric in row
         ]
         + [_row(words.name_of(name), row) for name, row in metrics.get("model", {}).items()],
-        "references": sorted(facts.references),
+        "references": facts.honest,
+        "ceiling": bool(facts.evaluation.get("ceiling")),
         "gates": facts.gate["gates"],
         "attacks": [_attack(facts, name, curve) for name, curve in certificate.attacks_of(facts).items()],
         "not_measured": list(certificate.not_measured(facts, without)),
@@ -128,6 +129,7 @@ def _attack(facts: Decided, name: str, curve: Mapping[str, Any]) -> dict[str, An
     return {
         "name": words.name_of(name),
         "unit": curve["unit"],
+        "about": words.about(curve),
         "budget": words.settings(curve["budget"]),
         "points": [{**point, "spent": f"{point['at']} {point.get('name', '')}".strip()} for point in curve["points"]],
         "missing": curve["missing"],
@@ -190,5 +192,5 @@ def _not_measured(story: Story) -> Iterator[tuple[str, str]]:
     else:
         for what, why in story.verified["missing"].items():
             yield f"verification: {what}", why
-    if not any(facts.references for facts in story.decided):
+    if not any(facts.honest for facts in story.decided):
         yield "a model that never saw the records, beside every number", "there is none; 'alkn reference' trains one"

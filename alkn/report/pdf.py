@@ -134,7 +134,7 @@ def _measured(paper: _Paper, document: Mapping[str, Any]) -> None:
         [
             words.name_of(metric), words.number(row.get("before")), words.number(row["value"]),
             words.interval(row.get("interval")), words.number(row.get("base")),
-            words.number(next(iter(row.get("reference", {}).values()), None)),
+            _reference(row),
             words.number(never.get(metric, {}).get("value")),
         ]
         for metric, row in sets.get("forget", {}).items()
@@ -168,15 +168,17 @@ def _kept(paper: _Paper, document: Mapping[str, Any]) -> None:
             p = row["probability"]
             rows.append([
                 name, words.number(p.get("before")), words.number(p["value"]), words.interval(p.get("interval")),
-                words.number(p.get("base")),
+                words.number(p.get("base")), _reference(p),
             ])  # fmt: skip
     rows += [
-        [words.name_of(n), words.number(v.get("before")), words.number(v["value"]), "–", words.number(v.get("base"))]
-        for n, v in document["metrics"].get("model", {}).items()
-    ]
-    _table(
-        paper, ["set", "before", "after", "95 % interval", "base"], rows, widths=(66, 24, 24, 36, 24), right=range(1, 5)
-    )
+        [
+            words.name_of(name), words.number(row.get("before")), words.number(row["value"]), "–",
+            words.number(row.get("base")), "–",
+        ]
+        for name, row in document["metrics"].get("model", {}).items()
+    ]  # fmt: skip
+    head = ["set", "before", "after", "95 % interval", "base", "reference"]
+    _table(paper, head, rows, widths=(60, 21, 21, 34, 18, 20), right=range(1, 6))
     _text(paper, f"Intervals: {document['intervals']}.", size=7.5, pale=True)
 
 
@@ -189,13 +191,13 @@ def _attacks(paper: _Paper, document: Mapping[str, Any]) -> None:
         paper.set_text_color(*INK)
         paper.cell(WIDTH, 6, f"{words.name_of(name)}", new_x="LMARGIN", new_y="NEXT")
         _text(paper, f"Budget: {words.settings(curve.get('budget', {}))}.", size=7.5, pale=True)
+        about = words.about(curve)[:2]
         rows = [
-            [words.plain(p["at"]), words.number(p.get("probability")), words.number(p.get("exact_memorization"))]
+            [words.plain(p["at"]), *(words.number(p.get(metric)) for metric, _ in about)]
             for p in curve.get("points", [])
         ]
-        _table(
-            paper, [curve.get("unit", "spent"), "P", "exact memorization"], rows, widths=(34, 34, 44), right=range(3)
-        )
+        heads = [curve.get("unit", "spent"), *(name for _, name in about)]
+        _table(paper, heads, rows, widths=(34, 34, 44), right=range(3))
 
 
 def _gates(paper: _Paper, document: Mapping[str, Any]) -> None:
@@ -245,6 +247,11 @@ def _how_to_check(paper: _Paper, document: Mapping[str, Any], digest: str) -> No
         " fingerprint with the one above over a way of your own.",
         size=8.5,
     )  # fmt: skip
+
+
+def _reference(row: Mapping[str, Any]) -> str:
+    """The first reference model's number; the JSON has all, each with its digest."""
+    return words.number(next(iter(row.get("reference", {}).values()), None))
 
 
 def _cells(row: Mapping[str, Any], metric: str) -> list[str]:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from alkn.report import words
 from alkn.report.drawing import FLOOR, look_of, new_figure, rendered, style
 from alkn.report.facts import Decided
 from alkn.report.story import TABLES, Story, attack_rows, matrix_cells, utility_rows
@@ -36,7 +37,7 @@ def chain_figures(story: Story) -> Iterator[tuple[str, str, Drawn]]:
         yield "utility", "P of what was never drawn on, after each accepted request", partial(utility, story)
     for attack in dict.fromkeys(row["attack"] for row in attack_rows(story)):
         yield (
-            f"attack_{attack}", f"P that the attack {attack.replace('_', ' ')} brings back",
+            f"attack_{attack}", f"What the attack {attack.replace('_', ' ')} brings back",
             partial(attack_on_all, story, attack),
         )  # fmt: skip
 
@@ -139,21 +140,22 @@ def attack_on_all(story: Story, attack: str) -> Figure:
 
 
 def attack_figure(curves: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """P of the forgotten records against what is spent; label -> curve."""
+    """The number that the attack moves, of the forgotten records, against what is spent; label -> curve."""
     figure, (axis,) = new_figure(1, 1, width=5.0, height=3.3)
-    unit = "spent"
+    unit, name = "spent", "P"
     for number, (label, curve) in enumerate(curves.items()):
         unit, line = curve["unit"], look_of(number)
+        metric, name = words.about(curve)[0]
         for variant, points in _variants(curve).items():
             spent = [point["at"] for point in points]
             # What is spent may fall, as the bits of a weight do: then each point has a place of its own.
             places = spent if spent == sorted(set(spent)) else list(range(len(spent)))
             axis.plot(
-                places, [point["probability"] for point in points], line.dash, color=_ink(line.colour),
+                places, [point[metric] for point in points], line.dash, color=_ink(line.colour),
                 marker=line.marker, ms=5, lw=1.5, label=f"{label} {variant}".strip(),
             )  # fmt: skip
             axis.set_xticks(places, map(str, spent))
-    axis.set(xlabel=unit, ylabel="P of the forgotten records", ylim=(-0.02, 1.02))
+    axis.set(xlabel=unit, ylabel=f"{name} of the forgotten records", ylim=(-0.02, 1.02))
     _legend(figure, axis)
     return figure
 

@@ -14,6 +14,7 @@ NAMES = {
     "rouge_l": "ROUGE-L recall",
     "truth_ratio": "truth ratio",
     "model_utility": "model utility",
+    "contained": "answer contained",
     "seconds": "seconds",
 }
 """Metric -> its name; others are called by their own with blanks for underscores."""
@@ -22,6 +23,12 @@ NAMES = {
 def name_of(metric: str) -> str:
     """A metric's name in words."""
     return NAMES.get(metric, metric.replace("_", " "))
+
+
+def about(curve: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The numbers that an attack moves, first the one to look at, each with its name over a column."""
+    moved = curve.get("about") or ("probability", "exact_memorization")  # curves of older versions do not say
+    return [(metric, "P" if metric == "probability" else name_of(metric)) for metric in moved]
 
 
 def number(value: float | None) -> str:
