@@ -83,8 +83,8 @@ def regression_matrix(
         ``content``: ``models`` and ``requests``, ids in the chain's order; ``cells`` -> model -> request ->
         ``probability``, ``exact_memorization``, ``records``, ``of``, ``error`` (the larger of the two distances
         between a number and the end of its interval), ``confidence`` (of each interval by itself), ``intervals``;
-        ``utility`` and ``utility_exact_memorization`` -> model -> domain -> value; ``missing`` -> model, or
-        ``model.request`` -> why it was not measured; ``digests`` of models and records.
+        ``utility`` and ``utility_exact_memorization`` -> model -> domain -> value; ``missing`` ->
+        ``model.request/<id>`` or ``model.utility/<domain>`` -> why it was not measured; ``digests``.
 
     Raises:
         InputError: if there is no base model.

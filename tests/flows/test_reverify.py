@@ -33,11 +33,12 @@ def ask(place: Place, path: str, **body: Any) -> Any:
         return json.load(reply)
 
 
-def newest(place: Place) -> tuple[dict[str, Any], str]:
-    """The newest flow run of ``reverify``, and the text of the newest artifact."""
-    runs = ask(place, "flow_runs/filter", flows={"name": {"any_": ["reverify"]}}, sort="START_TIME_DESC", limit=1)
-    artifacts = ask(place, "artifacts/filter", artifacts={"key": {"any_": ["verification-tiny-one"]}})
-    return runs[0], str(max(artifacts, key=lambda one: one["created"])["data"])
+def runs(place: Place) -> list[tuple[dict[str, Any], str]]:
+    """The flow runs of ``reverify``, oldest first, with the text of the artifact that each left."""
+    found = ask(place, "flow_runs/filter", flows={"name": {"any_": ["reverify"]}}, sort="START_TIME_ASC")
+    pages = ask(place, "artifacts/filter", artifacts={"key": {"any_": ["verification-tiny-one"]}})
+    by_run = {page["flow_run_id"]: str(page["data"]) for page in pages}
+    return [(run, by_run[run["id"]]) for run in found]
 
 
 def events(place: Place) -> list[dict[str, Any]]:
@@ -45,28 +46,33 @@ def events(place: Place) -> list[dict[str, Any]]:
     return list(ask(place, "events/filter", filter=wanted)["events"])
 
 
-def test_it_completes_while_all_holds_and_fails_with_an_event_when_not(place: Place) -> None:
-    run = (sys.executable, "-c", "import flows; from flows.reverify import reverify; reverify()")
-    place.call(*run)
-    done, page = newest(place)
-    assert done["state"]["type"] == "COMPLETED" and "`base` holds" in page and events(place) == []
-    report = json.loads(place.path("reports/verify.json").read_text())
-    assert report["holds"] is True and report["model"] in page
+TWICE = """
+import json, pathlib, flows
+from flows.reverify import reverify
+reverify()
+path = pathlib.Path("steps/base/evaluation.json")
+evaluation = json.loads(path.read_text())
+evaluation["sets"]["known/r001"]["probability"] = 0.5
+path.write_text(json.dumps(evaluation))
+reverify()
+"""
 
-    evaluation = json.loads(place.path("steps/base/evaluation.json").read_text())
-    true = evaluation["sets"]["known/r001"]["probability"]
-    evaluation["sets"]["known/r001"]["probability"] = 0.5
-    place.path("steps/base/evaluation.json").write_text(json.dumps(evaluation))
-    failed = place.call(*run, code=1)
-    assert "DoesNotHold" in failed.stderr
-    done, page = newest(place)
-    assert done["state"]["type"] == "FAILED" and "**does not hold**" in page
+
+def test_it_completes_while_all_holds_and_fails_with_an_event_when_not(place: Place) -> None:
+    true = json.loads(place.path("steps/base/evaluation.json").read_text())["sets"]["known/r001"]["probability"]
+    done = place.call(sys.executable, "-c", TWICE, code=1)
+    assert "DoesNotHold" in done.stderr
+    (good, page), (bad, last) = runs(place)
+    assert good["state"]["type"] == "COMPLETED" and "`base` holds" in page
+    assert bad["state"]["type"] == "FAILED" and "**does not hold**" in last
     said = "base does not hold: base: changed: evaluation.json; base: differs: known/r001.probability"
-    assert done["state"]["message"] == said
-    (event,) = wait_for(lambda: events(place), "the event")
+    assert bad["state"]["message"] == said
+    report = json.loads(place.path("reports/verify.json").read_text())
+    assert report["holds"] is False and report["model"] in page and report["model"] in last
+    (event,) = wait_for(lambda: events(place), "the event, and only of the run that failed")
     assert event["resource"]["prefect.resource.id"] == "alkn.champion.tiny-one"
     found = {one["what"]: one for one in event["payload"]["findings"]}["known/r001.probability"]
     assert (found["expected"], found["found"]) == (0.5, pytest.approx(true, abs=1e-6))
     rows = [json.loads(line) for line in place.path("data/requests/r001.jsonl").read_text().splitlines()]
-    told = json.dumps([event, done, page]) + failed.stderr + failed.stdout
+    told = json.dumps([event, good, bad, page, last]) + done.stderr + done.stdout
     assert not any(row["answer"] in told for row in rows)
