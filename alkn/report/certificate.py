@@ -17,6 +17,8 @@ FACTS = ("request", "chain", "digests", "method", "seed", "code", "environment",
 CANONICAL = "RFC 8785 (JSON Canonicalization Scheme) of the value of 'certificate', UTF-8"
 COMPANIONS = {"probability_p95": "95th percentile", "probability_worst": "best-known record"}
 """Numbers beside a metric that are no mean, so that they have no interval."""
+BOUNDS = ("_low", "_high")
+"""A metric that knows its own interval gives it under its name with these endings."""
 
 
 def certificate_of(facts: Decided, *, project: str, issued: date, key: str, program: str) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def metrics_of(facts: Decided) -> tuple[dict[str, Any], dict[str, list[str]]]:
         found[set_name] = {
             metric: _beside(facts, set_name, metric, float(value), without)
             for metric, value in row.items()
-            if isinstance(value, int | float)
+            if isinstance(value, int | float) and not _is_bound(metric, row)
         }
     model = {}
     for metric, value in facts.evaluation["model"].items():
@@ -184,9 +186,17 @@ def request_of(facts: Decided) -> dict[str, Any]:
     }
 
 
+def _is_bound(metric: str, row: Mapping[str, Any]) -> bool:
+    """Whether a number is an end of another one's interval."""
+    return any(metric.endswith(end) and metric.removesuffix(end) in row for end in BOUNDS)
+
+
 def _beside(facts: Decided, set_name: str, metric: str, value: float, without: dict[str, list[str]]) -> dict[str, Any]:
     row: dict[str, Any] = {"value": value}
-    if facts.per_record is not None and metric not in COMPANIONS:
+    bounds = [facts.evaluation["sets"][set_name].get(f"{metric}{end}") for end in BOUNDS]
+    if None not in bounds:
+        row["interval"] = [float(bound) for bound in bounds]
+    elif facts.per_record is not None and metric not in COMPANIONS:
         records = facts.per_record.get(set_name, {}).get(metric)
         interval = "it has no values per record" if records is None else interval_of(value, records)
         if isinstance(interval, str):

@@ -17,7 +17,7 @@ CELLS = 2**22
 """Numbers drawn at a time, so that a large set needs no more memory than a small one."""
 METHOD = (
     f"percentile bootstrap over records, {CONFIDENCE:.0%}, {RESAMPLES} resamples: the spread between records, not"
-    " between trainings"
+    " between trainings; of an AUC the one that comes with it (docs/METRICS.md)"
 )
 
 

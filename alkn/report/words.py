@@ -22,7 +22,7 @@ NAMES = {
 
 def name_of(metric: str) -> str:
     """A metric's name in words."""
-    return NAMES.get(metric, metric.replace("_", " "))
+    return NAMES.get(metric, metric.replace("_", " ").replace(" auc", " AUC"))
 
 
 def about(curve: Mapping[str, Any]) -> list[tuple[str, str]]:

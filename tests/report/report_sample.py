@@ -61,6 +61,7 @@ def measured(sets: dict[str, float], seed: int) -> tuple[dict[str, Any], dict[st
         own = {"probability": values(seed + i, level), "exact_memorization": values(seed + i + 50, level)}
         records[name] = own
         rows[name] = {metric: sum(v.values()) / len(v) for metric, v in own.items()}
+        rows[name] |= {"loss_auc": 0.6, "loss_auc_low": 0.5, "loss_auc_high": 0.7}
         rows[name] |= {"truth_ratio": 0.4, "probability_p95": max(own["probability"].values()), "worst_records": [3, 1]}
     missing = {"holdout.rouge_l": "evaluation.generate does not name this set", "model_utility": "no utility set"}
     return {"sets": rows, "model": {}, "missing": missing}, records

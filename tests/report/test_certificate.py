@@ -93,6 +93,8 @@ def test_it_says_what_was_asked_measured_and_judged(project: Project) -> None:
     assert list(p["reference"].values()) == [0.012] and next(iter(p["reference"])).startswith("sha256:")
     assert document["metrics"]["retain/facts"]["probability"]["reference"] == {"sha256:ceiling": 0.655}
     assert "interval" not in document["metrics"]["forget"]["truth_ratio"]
+    assert document["metrics"]["forget"]["loss_auc"] == {"value": 0.6, "interval": [0.5, 0.7], "base": 0.6}
+    assert not [name for name in document["metrics"]["forget"] if name.startswith("loss_auc_")]
     assert document["attacks"]["relearning"]["points"][-1]["probability"] == 0.45
     assert document["attacks"]["relearning"]["budget"] == {"share": 0.1, "lr": 5e-4}
     assert document["gates"]["forgetting"]["checks"][0]["limit"] == 0.05

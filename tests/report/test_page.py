@@ -136,7 +136,7 @@ def test_the_numbers_are_those_of_the_files(project: Project, page: Page) -> Non
     for request in ("r001", "r002", "r003"):
         p = read_json(project.step(request).evaluation)["sets"]["forget"]["probability"]
         assert f"P, mean 0.600 {p:.3f} " in page.words
-    assert "0.012" in page.words, "the reference's"
+    assert "0.012" in page.words and "0.655" in page.words, "the reference's, on forget and on retain"
     assert "relearning Budget: share 0.1, lr 0.0005. steps P exact memorization 0 0.020 0.010 5 0.100" in page.words
     assert "utility facts kept of base 0.200 0.900 failed" in page.words
     assert "robustness there is no attack – – not asked" in page.words
@@ -160,11 +160,6 @@ def test_no_text_of_a_record_is_in_it(source: str, project: Project) -> None:
 def test_what_a_user_named_is_escaped(source: str, page: Page) -> None:
     assert DOMAIN in page.words
     assert DOMAIN not in source and "&lt;b&gt;shop &amp; co&lt;/b&gt;" in source
-
-
-def test_the_same_chain_gives_the_same_bytes(project: Project, source: str) -> None:
-    story = read_story(project, "sample")
-    assert report_page(story, made="2026-11-21", program="alkn 0").decode() == source
 
 
 def test_tables_hold_the_numbers_behind_the_pictures(project: Project) -> None:
@@ -204,7 +199,7 @@ def test_a_step_that_cannot_be_read_is_named_and_the_others_are_told(tmp_path: P
     assert "request-r002" in {attributes.get("id") for _, attributes in page.tags}
 
 
-def test_the_command_writes_it(project: Project) -> None:
+def test_the_command_writes_the_same_bytes_but_for_the_day(project: Project, source: str) -> None:
     here = os.getcwd()
     try:
         done = CliRunner().invoke(cli, ["-C", str(project.root), "report", "--html", "--json"])
@@ -212,4 +207,5 @@ def test_the_command_writes_it(project: Project) -> None:
         os.chdir(here)
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {"html": "reports/report.html", "requests": 3, "unread": {}}
-    assert (project.root / "reports/report.html").read_bytes().startswith(b"<!doctype html>")
+    line = re.compile(r"Made [\d-]+ by alkn [\w.]+")
+    assert line.sub("", (project.root / "reports/report.html").read_text()) == line.sub("", source)
