@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -26,6 +27,7 @@ from alkn.records import Plan
 from alkn.requests.ledger import BASE, Ledger, load_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Settings, load_settings
+from alkn.splits import path_under
 from alkn.step import judge, limits_of, measure_step
 
 FORMAT = 1
@@ -82,8 +84,9 @@ def verify_champion(project: Project, *, exact: bool = False, progress: Progress
     try:
         findings += _measured_again(project, ledger, report, exact, tolerance, progress)
     except (AlknError, OSError, ValueError, KeyError) as error:
-        # The words of an error may come from a file; its type and the step say enough.
-        report["missing"]["evaluation"] = f"{type(error).__name__}: the champion cannot be measured"
+        # The words of other libraries may come from a file: of those the type says enough.
+        reason = str(error) if isinstance(error, AlknError) else type(error).__name__
+        report["missing"]["evaluation"] = f"the champion cannot be measured: {reason}"
         findings.append(Finding("unmeasured", step.id, "evaluation", found=type(error).__name__))
     report["findings"] = [asdict(finding) for finding in findings]
     report["holds"] = not findings
@@ -107,6 +110,7 @@ def _chain(project: Project, ledger: Ledger) -> Iterator[Finding]:
         stated = dict(manifest["inputs"])
         yield from _same(name, "params.yaml", stated.get("settings"), _settings_digest(step))
         yield from _same(name, "data/splits", stated.get("splits", splits), splits)
+        yield from _texts(project, step, stated)
         if name == BASE:
             continue
         entry, path = ledger.accepted[name], project.request(name)
@@ -121,6 +125,16 @@ def _chain(project: Project, ledger: Ledger) -> Iterator[Finding]:
         evaluation = parent.get("evaluation.json")
         yield from _same(name, "manifest.json: parent's evaluation", stated.get("parent_evaluation"), evaluation)
         previous = name
+
+
+def _texts(project: Project, step: Step, stated: Mapping[str, str]) -> Iterator[Finding]:
+    """The user's own texts that a step was measured on."""
+    if not any(name.startswith("text/") for name in stated):
+        return
+    for name, file in load_settings(step.params).evaluation.texts.items():
+        path = Path(path_under(project.root, file))
+        found = digest_of(path) if path.is_file() else None
+        yield from _same(step.id, f"evaluation.texts.{name}", stated.get(f"text/{name}"), found)
 
 
 def _same(where: str, what: str, expected: Scalar, found: Scalar) -> Iterator[Finding]:

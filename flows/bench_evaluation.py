@@ -21,9 +21,9 @@ from alkn.core.probe import RecordSet
 from alkn.core.scoring import Example, score
 from alkn.encoding import Encoder
 from alkn.evaluation import measure_model
-from alkn.files import read_jsonl
 from alkn.models import context_length, load_model, load_tokenizer
 from alkn.project import Project
+from alkn.record_sets import known_records
 from alkn.settings import Settings
 from flows.bench_profile import Places, shares
 
@@ -39,9 +39,9 @@ class Bench:
     """One model before the sets of one step.
 
     Args:
-        project: folder with TOFU's splits.
+        project: folder with a benchmark's splits.
         model: a model folder.
-        forget: the request whose step it is; those before it are earlier ones.
+        forget: number of the request whose step it is; those before it are earlier ones.
         settings: of the evaluation.
     """
 
@@ -58,23 +58,21 @@ class Bench:
 
     def sets(self) -> list[RecordSet]:
         """What a step measures: its request, the earlier ones, retain, utility, holdout."""
-        records = {f"earlier/tofu_{i}": self._forget(i) for i in range(1, self.forget)}
-        named = [self.encoder.record_set(name, rows) for name, rows in records.items()]
-        first = self.encoder.record_set("forget", self._forget(self.forget))
-        return [first, *named, *project_sets(self.project, self.encoder)]
+        *before, (_, asked) = list(known_records(self.project).items())[: self.forget]
+        earlier = [self.encoder.record_set(f"earlier/{name}", rows) for name, rows in before]
+        return [self.encoder.record_set("forget", asked), *earlier, *project_sets(self.project, self.encoder)]
 
     def evaluate(self) -> dict[str, Any]:
         """The whole evaluation, encoding included."""
         sets, evaluation = self.sets(), self.settings.evaluation
         return measure_model(self.model, sets, self.encoder, evaluation, eos=self.eos).numbers()
 
-    def _forget(self, number: int) -> list[dict[str, Any]]:
-        return read_jsonl(self.project.splits / "forget" / f"tofu_{number}.jsonl")
 
-
-def bench_rate(bench: Bench, count: int) -> None:
+def bench_rate(bench: Bench, wanted: int) -> None:
     """Records a second of greedy answers with their P: in our batches, and one after another."""
-    examples = [example for one in bench.sets() for example in one.examples][:: max(1, 600 // count)][:count]
+    known = [example for one in bench.sets() for example in one.examples]
+    examples = known[:: max(1, len(known) // wanted)][:wanted]
+    count = len(examples)
     longest = bench.settings.evaluation.max_new_tokens
     prompts = [example.tokens[: example.answer_start] for example in examples]
     ways: dict[str, Callable[[], list[list[int]]]] = {

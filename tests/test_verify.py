@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from alkn.core.task_vector import TaskVector
 from alkn.errors import InputError
@@ -158,12 +159,29 @@ def test_a_model_that_cannot_be_read_is_no_success(project: Project) -> None:
     assert not report["holds"] and ("unmeasured", "r002", "evaluation") in found(report)
 
 
+def test_a_text_of_the_user_that_changed(project: Project) -> None:
+    """The champion was measured on it: its digest is told, and that its numbers are others."""
+    step, text = project.step("r002"), project.root / "own.txt"
+    text.write_text("The mill by the river grinds corn for the whole valley.\n")
+    frozen = yaml.safe_load(step.params.read_text())
+    frozen["evaluation"]["texts"] = {"own": "own.txt"}
+    write_yaml(step.params, frozen)
+    make_step(project, "r002", previous="r001", earlier=("r001",))
+    assert verify_champion(project)["holds"]
+    text.write_text("Nobody has lived in the old lighthouse since the storm.\n")
+    report = verify_champion(project)
+    assert ("changed", "r002", "evaluation.texts.own") in found(report)
+    assert ("differs", "r002", "text/own.perplexity") in found(report)
+    text.unlink()
+    report = verify_champion(project)
+    assert {("changed", "r002", "evaluation.texts.own"), ("unmeasured", "r002", "evaluation")} <= found(report)
+    assert "evaluation.texts.own" in report["missing"]["evaluation"]
+
+
 def test_samples_of_earlier_requests(project: Project) -> None:
     """A step that measures samples says so with bounds; the same sample again; all records on demand."""
     values = read_json(project.step("r002").evaluation)
     step = project.step("r002")
-    import yaml
-
     frozen = yaml.safe_load(step.params.read_text())
     frozen["evaluation"] |= {"earlier_records": 2}
     write_yaml(step.params, frozen)
