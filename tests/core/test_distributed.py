@@ -151,7 +151,7 @@ def read(form: str) -> dict[str, Tensor]:
         "nll": scores.nll, "probs": torch.cat(scores.token_probs), "hits": torch.cat(scores.token_hits),
         "answers": torch.tensor([answer + [-1] * (5 - len(answer)) for answer in answers]),
         "logits": answer_logits(task.model, batch).detach(), "ascent": ascent_loss()(task.model, batch).detach(),
-        "stored": torch.tensor(task.measure_stored().p, dtype=torch.float64),
+        "stored": torch.tensor(task.measure_stored()[0].p, dtype=torch.float64),
     }  # fmt: skip
     theta = task.copy_weights()
     task.set_weights(theta, {name: 0.1 * t for name, t in theta.items()}, 2.0)
