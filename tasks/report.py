@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import re
 from pathlib import Path
 
 from prefect import task
@@ -40,12 +41,13 @@ def report(project: Project, settings: Settings, chain_run: str | None) -> None:
             Tracker(project, settings).log_files(chain_run, files, folder="report")
         except TrackingUnavailable as error:
             logger.warning("the pictures are not logged, the next run's will be: %s", error)
-    create_markdown_artifact(chain_markdown(story), key="chain", description="The chain after this run")
+    slug = re.sub(r"[^a-z0-9]+", "-", story.name.lower()).strip("-")  # several projects may share a server
+    create_markdown_artifact(chain_markdown(story), key=f"chain-{slug}", description=f"The chain of {story.name}")
     for name in SHOWN:
         if name in drawn:
-            picture = f"data:image/png;base64,{base64.b64encode(drawn[name]).decode()}"
+            what, picture = Path(name).stem, base64.b64encode(drawn[name]).decode()
             create_image_artifact(
-                picture, key=f"chain-{Path(name).stem}", description=f"{Path(name).stem} of the chain"
+                f"data:image/png;base64,{picture}", key=f"{what}-{slug}", description=f"{what} of {story.name}"
             )
 
 

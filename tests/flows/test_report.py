@@ -42,9 +42,9 @@ def test_a_run_leaves_tables_and_pictures_on_disk_in_mlflow_and_prefect(chain: P
     (database,) = chain.path(".prefect").glob("*.db")
     with contextlib.closing(sqlite3.connect(database)) as prefect:
         artifacts = dict(prefect.execute("select key, data from artifact where key is not null").fetchall())
-    assert {"chain", "chain-matrix", "chain-utility"} <= set(artifacts)
-    assert "| r002 | accepted | 8 | 2099-12-31 |" in artifacts["chain"]
-    assert "data:image/png;base64," in artifacts["chain-matrix"]
+    assert {"chain-tiny", "matrix-tiny", "utility-tiny"} <= set(artifacts)
+    assert "| r002 | accepted | 8 | 2099-12-31 |" in artifacts["chain-tiny"]
+    assert "data:image/png;base64," in artifacts["matrix-tiny"]
 
 
 def test_dvc_draws_the_tables(reported: Place) -> None:
