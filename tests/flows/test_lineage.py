@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,13 @@ def test_settings_curves_and_metrics_are_logged(chain: Place, client: Any, runs:
         assert {"utility/customers/probability", "utility/facts/probability", "holdout/probability"} <= set(
             run.data.metrics
         )
+        attacks = json.loads(chain.path(f"steps/{request}/attacks.json").read_text())
+        for attack, spent in (("relearning", [0, 2]), ("quantization", [32, 4])):
+            regained = client.get_metric_history(run.info.run_id, f"attack/{attack}/probability")
+            assert {point.step: point.value for point in regained} == {
+                point["at"]: pytest.approx(point["probability"]) for point in attacks[attack]["points"]
+            }
+            assert sorted(point.step for point in regained) == sorted(spent)
         names = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert names == {"manifest.json", "evaluation.json", "attacks.json", "gate.json", "unlearning.json"}
     assert "earlier/r001/probability" in runs["r002"].data.metrics
