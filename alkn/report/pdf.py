@@ -155,7 +155,7 @@ def _measured(paper: _Paper, document: Mapping[str, Any]) -> None:
 
 
 def _kept(paper: _Paper, document: Mapping[str, Any]) -> None:
-    _heading(paper, "What must stay known")
+    _heading(paper, "What must stay known, and the model as a whole")
     _text(
         paper,
         "Utility records were never drawn on by any step; retain records were, so they flatter. P of each set; all"
