@@ -23,6 +23,7 @@ from alkn.project import Project, Step
 from alkn.record_sets import SPLITS, Records, by_domain, load_split
 from alkn.records import Plan
 from alkn.registry import Params
+from alkn.requests.ledger import ATTESTED, erased_requests
 from alkn.requests.schema import read_records
 from alkn.runtime import Runtime
 from alkn.settings import Settings
@@ -58,18 +59,22 @@ def attack_stored(
         progress: told about the attacks' steps.
 
     Returns:
-        See :func:`run_attacks`; every attack that is not asked for stands under ``missing`` as switched off.
+        See :func:`run_attacks`; every attack that is not asked for stands under ``missing`` as switched off, and
+        ``on <id>`` for each request whose records were erased.
     """
     off = {name: OFF for name in registry.attacks if name not in settings.attacks}
-    if not settings.attacks:
-        return {"missing": off}
+    erased = erased_requests(project, requests)
+    asked = [name for name in requests if name not in erased]
+    off |= {f"on {name}": ATTESTED for name in erased}
+    if not settings.attacks or not asked:
+        return {"missing": off | dict.fromkeys(settings.attacks, ATTESTED)}
     runtime, remote = Runtime(settings.run), settings.base.trust_remote_code
     tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
     encoder = Encoder(tokenizer, settings.data, context=context_length(step.model, trust_remote_code=remote))
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     if runtime.split:
         split_(model, device=runtime.device)
-    records = {name: read_jsonl(project.request(name)) for name in requests}
+    records = {name: read_jsonl(project.request(name)) for name in asked}
     target = target_of(project, model, encoder, records, settings, name=step.id, progress=progress)
     report = run_attacks(target, settings.attacks)
     return {**report, "missing": {**report["missing"], **off}}

@@ -24,7 +24,7 @@ from alkn.manifest import read_manifest
 from alkn.models import context_length, load_model, load_tokenizer
 from alkn.project import Project, Step
 from alkn.record_sets import Records, by_domain, earlier_records, load_split
-from alkn.requests.ledger import BASE, load_ledger
+from alkn.requests.ledger import ATTESTED, BASE, erased_requests, load_ledger
 from alkn.runtime import Runtime
 from alkn.score_cache import Known, ScoreCache, metric_version
 from alkn.settings import Settings, load_settings
@@ -95,7 +95,8 @@ def regression_matrix(
     requests = list(load_ledger(project).accepted)
     models = [BASE, *requests]
     limit = None if exact else settings.verification.records
-    groups = [_request(project, name, limit) for name in requests] + _utility(project)
+    erased = erased_requests(project, requests)
+    groups = [_request(project, name, limit) for name in requests if name not in erased] + _utility(project)
     cache = ScoreCache(project.private / "cache", project.key())
     content: dict[str, Any] = {
         "format": FORMAT, "models": models, "requests": requests, "cells": {}, "utility": {},
@@ -111,6 +112,7 @@ def regression_matrix(
         known, new = _measured(project.step(model), digest, groups, cache)
         scored, kept = scored + new, kept + sum(map(len, known.values())) - new
         _enter(content, model, groups, known, settings.evaluation.confidence)
+        content["missing"] |= {f"{model}.request/{name}": ATTESTED for name in erased}
     progress("matrix", len(models), len(models))
     write_json(project.root / "reports" / "matrix.json", content)
     return Matrix(content, scored, kept, tuple(cache.told))

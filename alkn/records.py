@@ -21,6 +21,7 @@ class Plan:
         settings: the settings it is made with.
         inputs: name -> digest of everything that goes in.
         limits: the targets as numbers.
+        attested: requests among these whose records were erased: nothing can be measured on them.
     """
 
     request: str
@@ -29,6 +30,11 @@ class Plan:
     settings: Settings
     inputs: Mapping[str, str]
     limits: StopRule
+    attested: tuple[str, ...] = ()
+
+    def set_of(self, request: str) -> str:
+        """The name of a request's records in the evaluation of this step."""
+        return "forget" if request == self.request else f"earlier/{request}"
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ from alkn.record_sets import earlier_records, known_records, load_split
 from alkn.records import Plan, Sealed, Unlearned
 from alkn.reference import open_reference
 from alkn.refusals import REFUSALS
+from alkn.requests.ledger import ATTESTED, erased_requests
 from alkn.runtime import Runtime
 from alkn.settings import Level, Settings, load_settings
 from alkn.texts import text_digests, text_sets
@@ -66,10 +67,10 @@ def plan_step(
         InputError: if a target is the holdout's level and there is no holdout.
     """
     key = project.key()
-    parent = check_step(project.step(previous))
+    parent, attested = check_step(project.step(previous)), erased_requests(project, earlier)
     for name in earlier:
         manifest = check_step(project.step(name)) if name != previous else parent
-        if keyed_digest_of(project.request(name), key) != manifest["inputs"]["request"]:
+        if name not in attested and keyed_digest_of(project.request(name), key) != manifest["inputs"]["request"]:
             raise ChainBroken(f"data/requests/{name}.jsonl is not the file that steps/{name} was made from")
     inputs = {
         "request": keyed_digest_of(project.request(request_id), key),
@@ -80,7 +81,7 @@ def plan_step(
     }
     inputs |= text_digests(project, settings.evaluation)
     inputs |= {f"reference/{name}": open_reference(project, name).digest for name in settings.evaluation.references}
-    return Plan(request_id, previous, earlier, settings, inputs, limits_of(project, settings))
+    return Plan(request_id, previous, earlier, settings, inputs, limits_of(project, settings), attested)
 
 
 def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progress) -> Unlearned:
@@ -154,8 +155,11 @@ def measure_step(
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     if runtime.split:
         split_(model, device=runtime.device)
-    chosen = {name: earlier_records(project, name, plan.settings.evaluation.earlier_records) for name in plan.earlier}
-    sets = [encoder.record_set("forget", read_jsonl(project.request(plan.request)))]
+    size, measurable = plan.settings.evaluation.earlier_records, set(plan.earlier) - set(plan.attested)
+    chosen = {name: earlier_records(project, name, size) for name in plan.earlier if name in measurable}
+    sets = []
+    if plan.request not in plan.attested:
+        sets.append(encoder.record_set("forget", read_jsonl(project.request(plan.request))))
     sets += [encoder.record_set(f"earlier/{name}", sample.records) for name, sample in chosen.items()]
     sets += [*project_sets(project, encoder), *text_sets(project, encoder, plan.settings.evaluation)]
     measured = measure_model(
@@ -169,6 +173,7 @@ def measure_step(
         base=lambda: load_model(project.base.model, device=runtime.device, trust_remote_code=remote),
     )
     metrics, per_record = measured.numbers(), measured.per_record()
+    metrics["missing"] |= {plan.set_of(name): ATTESTED for name in plan.attested}
     against = {name.split("/")[1]: digest for name, digest in plan.inputs.items() if name.startswith("reference/")}
     if against:
         metrics["references"] = against
@@ -362,10 +367,13 @@ def _rest(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
     need not have the names, the order or the whole of the benchmark's files.
 
     Raises:
-        InputError: if the base model was not trained here: then nobody knows its training data.
+        InputError: if the base model was not trained here: then nobody knows its training data; or if an earlier
+            request's records were erased.
     """
     if "parameters" not in (read_manifest(project.base) or {}):
         raise InputError("method: retrain needs a base model that was trained here, and this one comes from base.model")
+    if plan.attested:
+        raise InputError(f"method: retrain cannot leave out what it cannot read: {', '.join(plan.attested)} was erased")
     gone = {
         tuple(example.tokens.tolist())
         for name in (*plan.earlier, plan.request)

@@ -24,7 +24,7 @@ from alkn.files import digest_of, digest_of_value, keyed_digest_of, read_json, w
 from alkn.manifest import code_version, read_manifest
 from alkn.project import Project, Step
 from alkn.records import Plan
-from alkn.requests.ledger import BASE, Ledger, load_ledger
+from alkn.requests.ledger import ATTESTED, BASE, Ledger, erased_requests, load_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Settings, load_settings
 from alkn.splits import path_under
@@ -114,8 +114,9 @@ def _chain(project: Project, ledger: Ledger) -> Iterator[Finding]:
         if name == BASE:
             continue
         entry, path = ledger.accepted[name], project.request(name)
-        found = keyed_digest_of(path, key) if path.is_file() else None
-        yield from _same(name, f"data/requests/{name}.jsonl", stated.get("request"), found)
+        if path.is_file() or not entry.erased:
+            found = keyed_digest_of(path, key) if path.is_file() else None
+            yield from _same(name, f"data/requests/{name}.jsonl", stated.get("request"), found)
         yield from _same(name, "data/ledger.yaml: digest", entry.digest, stated.get("request"))
         yield from _same(name, "data/ledger.yaml: previous", entry.previous, previous)
         yield from _same(name, "manifest.json: previous", manifest.get("previous"), previous)
@@ -162,18 +163,32 @@ def _measured_again(
         fresh = measure_base(project, settings, Runtime(settings.run), progress).numbers()
         report["missing"] |= dict.fromkeys(("gates", "attacks"), "no request is accepted: nothing had to be forgotten")
     else:
-        fresh, _ = measure_step(project, _plan(project, ledger, settings, exact), progress=progress)
+        plan = _plan(project, ledger, settings, exact)
+        fresh, _ = measure_step(project, plan, progress=progress)
+        _attest(plan, recorded, fresh, report)
     report["evaluation"] = fresh
     yield from _compared(step.id, recorded, fresh, tolerance, report)
     if step.id != BASE:
         requests = tuple(ledger.accepted)
         report["attacks"] = attack_stored(project, step, requests, settings, progress=progress)
+        lost = [name for name in settings.attacks if report["attacks"]["missing"].get(name) == ATTESTED]
+        report["missing"] |= dict.fromkeys(lost, ATTESTED)
+        curves = {name: curve for name, curve in read_json(step.attacks).items() if name in lost} if lost else {}
         report["gates"], failed = judge(
-            project, _plan(project, ledger, settings, exact), evaluation=fresh, attacks=report["attacks"],
+            project, plan, evaluation=fresh, attacks={**report["attacks"], **curves},
             reached=bool(read_json(step.unlearning)["reached"]),
         )  # fmt: skip
         for gate in (line.split(":", 1)[0] for line in failed):
             yield from _failed_checks(step.id, gate, report["gates"][gate])
+
+
+def _attest(plan: Plan, recorded: Mapping[str, Any], fresh: dict[str, Any], report: dict[str, Any]) -> None:
+    """Of erased records there are the recorded numbers alone: the gates judge by them, and the report says so."""
+    sets = [name for name in map(plan.set_of, plan.attested) if name in recorded["sets"]]
+    fresh["sets"] |= {name: recorded["sets"][name] for name in sets}
+    lost = set(recorded["model"]) - set(fresh["model"]) if plan.request in plan.attested else set()
+    fresh["model"] |= {name: recorded["model"][name] for name in sorted(lost)}
+    report["missing"] |= dict.fromkeys([*sets, *(f"model.{name}" for name in sorted(lost))], ATTESTED)
 
 
 def _plan(project: Project, ledger: Ledger, settings: Settings, exact: bool) -> Plan:
@@ -184,7 +199,8 @@ def _plan(project: Project, ledger: Ledger, settings: Settings, exact: bool) -> 
     *earlier, request = ledger.accepted
     previous = earlier[-1] if earlier else BASE
     inputs = (read_manifest(project.step(request)) or {"inputs": {}})["inputs"]
-    return Plan(request, previous, tuple(earlier), settings, inputs, limits_of(project, settings))
+    erased = erased_requests(project, ledger.accepted)
+    return Plan(request, previous, tuple(earlier), settings, inputs, limits_of(project, settings), erased)
 
 
 def _failed_checks(where: str, gate: str, verdict: Mapping[str, Any]) -> Iterator[Finding]:
@@ -203,6 +219,8 @@ def _compared(
     resampled = {name for one in sizes for name in one if sizes[0].get(name) != sizes[1].get(name)}
     before, now = dict(_numbers(recorded)), dict(_numbers(fresh))
     for name in sorted({*before, *now}):
+        if ATTESTED in (report["missing"].get(name[0]), report["missing"].get(".".join(name))):
+            continue
         if name[0] in resampled:
             report["missing"][f"comparison of {name[0]}"] = "recorded on a sample, measured on all records now"
             continue

@@ -8,18 +8,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import yaml
 
+from alkn.attacking import attack_stored
 from alkn.core.task_vector import TaskVector
 from alkn.errors import InputError
 from alkn.files import digest_of, keyed_digest_of, read_json, read_jsonl, write_json, write_yaml
+from alkn.matrix import regression_matrix
 from alkn.models import load_model, load_tokenizer, save_model
 from alkn.project import Project, Step
-from alkn.requests.ledger import BASE, Entry, Ledger, load_ledger, save_ledger
+from alkn.requests.ledger import ATTESTED, BASE, Entry, Ledger, load_ledger, save_ledger
 from alkn.settings import Settings
-from alkn.step import make_step
+from alkn.step import make_step, measure_step, plan_step
 from alkn.verify import verify_champion
 
 REQUESTS = ("r001", "r002")
@@ -238,3 +241,55 @@ def test_without_a_base_model(tmp_path: Path) -> None:
     assert Settings().verification.tolerance == 1e-6
     with pytest.raises(InputError, match="no base model yet"):
         verify_champion(Project(tmp_path))
+
+
+def erase(project: Project, *requests: str) -> None:
+    """As the erasure of a request's records leaves a project: the ledger says so, and the file is gone."""
+    ledger = load_ledger(project)
+    accepted = {
+        name: entry.model_copy(update={"erased": "2026-02-01"}) if name in requests else entry
+        for name, entry in ledger.accepted.items()
+    }
+    save_ledger(project, Ledger(accepted=accepted))
+    for name in requests:
+        project.request(name).unlink()
+
+
+def test_what_was_measured_on_erased_records_is_attested(project: Project) -> None:
+    """The champion holds without them, on their recorded numbers; a changed recorded number is still caught."""
+    erase(project, *REQUESTS)
+    report = verify_champion(project)
+    assert report["holds"] is True, report["findings"]
+    assert report["missing"]["forget"] == report["missing"]["earlier/r001"] == ATTESTED
+    assert report["missing"]["quantization"] == report["missing"]["model.gibberish"] == ATTESTED
+    assert report["gates"]["robustness"]["passed"] is True and report["attacks"] == {"missing": ANY}
+    recorded = read_json(project.step("r002").evaluation)
+    assert report["evaluation"]["sets"]["forget"] == recorded["sets"]["forget"]
+    assert 0 < report["compared"] < sum(map(len, recorded["sets"].values()))
+
+    recorded["sets"]["forget"]["probability"] /= 2
+    write_json(project.step("r002").evaluation, recorded)
+    assert ("changed", "r002", "evaluation.json") in found(verify_champion(project))
+
+
+def test_a_file_that_is_only_missing_is_not_erased(project: Project) -> None:
+    project.request("r001").unlink()
+    assert ("changed", "r001", "data/requests/r001.jsonl") in found(verify_champion(project))
+
+
+def test_a_later_step_is_not_measured_on_erased_records(project: Project) -> None:
+    """Neither by metrics nor by attacks, and both say why; the matrix says it too."""
+    erase(project, "r001")
+    settings = project.settings()
+    plan = plan_step(project, "r002", previous="r001", earlier=("r001",), settings=settings)
+    assert plan.attested == ("r001",)
+    metrics, per_record = measure_step(project, plan)
+    assert metrics["missing"]["earlier/r001"] == ATTESTED
+    assert "earlier/r001" not in metrics["sets"] and "earlier/r001" not in per_record and "forget" in metrics["sets"]
+    attacks = attack_stored(project, project.step("r002"), ("r001", "r002"), settings)
+    assert attacks["missing"]["on r001"] == ATTESTED and set(attacks["quantization"]["points"][0]["requests"]) == {
+        "r002"
+    }
+    matrix = regression_matrix(project, settings).content
+    assert matrix["missing"] == {f"{model}.request/r001": ATTESTED for model in ("base", *REQUESTS)}
+    assert set(matrix["cells"]["r002"]) == {"r002"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 
@@ -15,6 +15,7 @@ from alkn.project import Project
 from alkn.requests.ids import check_id
 
 BASE = "base"
+ATTESTED = "attested, no longer measurable: the records were erased"
 
 
 class Entry(BaseModel):
@@ -30,6 +31,8 @@ class Entry(BaseModel):
         previous: the step it started from; written with the verdict.
         decided: the day of the verdict or the withdrawal.
         reason: why it was rejected: the gates that failed.
+        erased: the day its records were erased here too. What its step measured on them stays attested by that
+            step's manifest, and can no longer be measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,6 +46,7 @@ class Entry(BaseModel):
     previous: str | None = None
     decided: str | None = None
     reason: str | None = None
+    erased: str | None = None
 
 
 class Ledger(BaseModel):
@@ -141,6 +145,13 @@ def load_ledger(project: Project) -> Ledger:
     if len(set(ledger.ids())) != len(ledger.ids()):
         raise InputError(f"{name}: a request stands in two lists")
     return ledger
+
+
+def erased_requests(project: Project, requests: Iterable[str]) -> tuple[str, ...]:
+    """Those accepted requests whose records are gone because they were erased; a file that is just missing is none."""
+    gone = [name for name in requests if not project.request(name).is_file()]
+    accepted = load_ledger(project).accepted if gone else {}
+    return tuple(name for name in gone if name in accepted and accepted[name].erased)
 
 
 def save_ledger(project: Project, ledger: Ledger) -> None:
