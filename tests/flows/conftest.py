@@ -276,7 +276,10 @@ def warm_alkn(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> 
 
     def call(place: Place, *arguments: str) -> subprocess.CompletedProcess[str]:
         out, err = folder / "out", folder / "err"
-        order = {"folder": str(place.root), "arguments": list(arguments), "out": str(out), "err": str(err)}
+        order = {
+            "folder": str(place.root), "arguments": list(arguments), "api": place.env.get("PREFECT_API_URL"),
+            "out": str(out), "err": str(err),
+        }  # fmt: skip
         stdin.write(json.dumps(order) + "\n")
         stdin.flush()
         code = int(stdout.readline())
