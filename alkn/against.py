@@ -9,7 +9,7 @@ from torch import nn
 
 from alkn.core.probe import Probe, References
 from alkn.encoding import Encoder
-from alkn.models import context_length, load_model, load_tokenizer
+from alkn.models import load_model
 from alkn.project import Project
 from alkn.record_sets import Records, by_domain, earlier_records, load_split
 from alkn.reference import Reference, open_reference, request_records
@@ -84,9 +84,7 @@ class _Member:
 
     @cached_property
     def encoder(self) -> Encoder:
-        path, remote = self.reference.model, self._settings.base.trust_remote_code
-        tokenizer = load_tokenizer(path, trust_remote_code=remote)
-        return Encoder(tokenizer, self._settings.data, context=context_length(path, trust_remote_code=remote))
+        return Encoder.of(self.reference.model, self._settings)
 
     def probe(self, set_name: str, records: Records, models: ReferenceModels) -> Probe:
         if set_name not in self._probes:

@@ -18,7 +18,7 @@ from alkn.core.sharding import split_
 from alkn.encoding import Encoder
 from alkn.errors import AlknError, InputError
 from alkn.files import read_jsonl, write_json
-from alkn.models import context_length, load_model, load_tokenizer
+from alkn.models import load_model
 from alkn.project import Project, Step
 from alkn.record_sets import SPLITS, Records, by_domain, load_split
 from alkn.records import Plan
@@ -69,8 +69,7 @@ def attack_stored(
     if not settings.attacks or not asked:
         return {"missing": off | dict.fromkeys(settings.attacks, ATTESTED)}
     runtime, remote = Runtime(settings.run), settings.base.trust_remote_code
-    tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, settings.data, context=context_length(step.model, trust_remote_code=remote))
+    encoder = Encoder.of(step.model, settings)
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     if runtime.split:
         split_(model, device=runtime.device)

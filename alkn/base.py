@@ -22,9 +22,7 @@ from alkn.files import digest_of, digest_of_value, remove, write_json, write_via
 from alkn.manifest import write_manifest
 from alkn.models import (
     check_model_folder,
-    context_length,
     load_model,
-    load_tokenizer,
     new_model,
     save_model,
     train_tokenizer,
@@ -180,8 +178,7 @@ def measure_base(project: Project, settings: Settings, runtime: Runtime, progres
     """Measure the base model as it is stored, on the project's sets and on every request's records."""
     path = project.base.model
     remote = settings.base.trust_remote_code
-    tokenizer = load_tokenizer(path, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, settings.data, context=context_length(path, trust_remote_code=remote))
+    encoder = Encoder.of(path, settings)
     model = load_model(path, device=runtime.device, trust_remote_code=remote)
     sets = [*project_sets(project, encoder), *text_sets(project, encoder, settings.evaluation)]
     sets += [encoder.record_set(f"known/{name}", records) for name, records in known_records(project).items()]
@@ -190,7 +187,7 @@ def measure_base(project: Project, settings: Settings, runtime: Runtime, progres
         sets,
         encoder,
         settings.evaluation,
-        eos=tokenizer.eos_token_id,
+        eos=encoder.tokenizer.eos_token_id,
         progress=progress,
         references=lambda _: References(reason="reference models are made after the base model"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from alkn.core.asked import Asked, Turn
 from alkn.core.probe import RecordSet
 from alkn.core.scoring import Example
 from alkn.errors import InputError
+from alkn.models import context_length, load_tokenizer
 from alkn.requests.schema import FORMS, form_of
-from alkn.settings import Data
+from alkn.settings import Data, Settings
 
 
 class Encoder:
@@ -28,6 +30,13 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data, *, context: int) -> None:
         self._tokenizer, self._data, self._context = tokenizer, data, context
+
+    @classmethod
+    def of(cls, model: Path, settings: Settings) -> Encoder:
+        """The encoder of a model's folder: its own tokenizer and context, the settings' templates."""
+        remote = settings.base.trust_remote_code
+        tokenizer = load_tokenizer(model, trust_remote_code=remote)
+        return cls(tokenizer, settings.data, context=context_length(model, trust_remote_code=remote))
 
     def record_set(self, name: str, records: Sequence[Mapping[str, Any]]) -> RecordSet:
         """Encode a whole set.

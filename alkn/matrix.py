@@ -21,7 +21,7 @@ from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
 from alkn.files import digest_of, digest_of_value, keyed_digest_of, write_json
 from alkn.manifest import read_manifest
-from alkn.models import context_length, load_model, load_tokenizer
+from alkn.models import load_model
 from alkn.project import Project, Step
 from alkn.record_sets import Records, by_domain, earlier_records, load_split
 from alkn.requests.ledger import ATTESTED, BASE, erased_requests, load_ledger
@@ -187,8 +187,7 @@ def _score(step: Step, settings: Settings, wanted: Mapping[str, Records]) -> dic
     """Score the records of all groups in one go, so that batches hold records of similar length whosever they are."""
     remote = settings.base.trust_remote_code
     runtime = Runtime(settings.run)
-    tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, settings.data, context=context_length(step.model, trust_remote_code=remote))
+    encoder = Encoder.of(step.model, settings)
     sets = {name: encoder.record_set(name, records) for name, records in wanted.items()}
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     scores = score(model, [example for one in sets.values() for example in one.examples])

@@ -27,7 +27,7 @@ from alkn.encoding import Encoder
 from alkn.errors import AlknError, ChainBroken, InputError
 from alkn.files import digest_of, digest_of_value, read_json, read_jsonl, remove, write_via
 from alkn.manifest import check_step, outputs_hold, read_manifest, write_manifest
-from alkn.models import check_model_folder, context_length, load_model, load_tokenizer, save_model
+from alkn.models import check_model_folder, load_model, load_tokenizer, save_model
 from alkn.project import Project, Step
 from alkn.record_sets import Records, by_domain, known_records, load_split
 from alkn.runtime import Runtime
@@ -90,7 +90,7 @@ def plan_reference(project: Project, settings: Settings, *, without: Sequence[st
             "the base model was not trained here, so nobody knows what it was trained on; 'alkn reference --path DIR'"
             " takes a reference model of your own"
         )
-    encoder = _encoder(project.base.model, settings)
+    encoder = Encoder.of(project.base.model, settings)
     examples, gone = _left_out(project, encoder, without)
     inputs = {
         "settings": digest_of_value({key: settings.of_base()[key] for key in ("data", "base", "run")}),
@@ -191,7 +191,7 @@ def reference_ratios(
         records: request id -> its records, see :func:`request_records`.
         settings: templates, device.
     """
-    encoder = _encoder(reference.model, settings)
+    encoder = Encoder.of(reference.model, settings)
     remote = settings.base.trust_remote_code
     model = load_model(reference.model, device=Runtime(settings.run).device, trust_remote_code=remote)
     return {name: truth_ratios(model, encoder.record_set(name, rows)) for name, rows in records.items()}
@@ -304,9 +304,3 @@ def _opened(step: Step, manifest: Mapping[str, Any]) -> Reference:
             " it made again"
         )
     return Reference(step.folder, manifest["outputs"]["model"], manifest, cached=True)
-
-
-def _encoder(path: Path, settings: Settings) -> Encoder:
-    remote = settings.base.trust_remote_code
-    tokenizer = load_tokenizer(path, trust_remote_code=remote)
-    return Encoder(tokenizer, settings.data, context=context_length(path, trust_remote_code=remote))

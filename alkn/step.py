@@ -43,7 +43,7 @@ from alkn.files import (
 )
 from alkn.lora import Adapters
 from alkn.manifest import check_step, outputs_hold, read_manifest, write_manifest
-from alkn.models import context_length, load_model, load_tokenizer, save_model
+from alkn.models import load_model, save_model
 from alkn.project import Project, Step
 from alkn.record_sets import earlier_records, known_records, load_split
 from alkn.records import Plan, Sealed, Unlearned
@@ -98,8 +98,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
             remove(path)
     parent = project.step(plan.previous)
     remote = plan.settings.base.trust_remote_code
-    tokenizer = load_tokenizer(parent.model, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(parent.model, trust_remote_code=remote))
+    encoder = Encoder.of(parent.model, plan.settings)
     model, stored = _trainable(parent, runtime, plan.settings)
     task = Task(
         model=model,
@@ -108,7 +107,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
         stop=_scaled(plan.limits, plan.settings.targets.margin),
         seed=seed_of(plan.settings.seed, "step", plan.request),
         state=load_file(parent.state) if parent.state.is_file() else {},
-        eos=tokenizer.eos_token_id,
+        eos=encoder.tokenizer.eos_token_id,
         refusals=[encoder.answer(text) for text in REFUSALS],
         stored=stored,
         before=(lambda: _trainable(parent, runtime, plan.settings)[0]) if runtime.split else None,
@@ -123,7 +122,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     before = load_model(parent.model, trust_remote_code=remote).to(stored)
     model = _whole(model, before) if runtime.split else model.cpu().to(stored)
     if is_main():
-        _write(step, plan, outcome, model, tokenizer, TaskVector.between(model, before))
+        _write(step, plan, outcome, model, encoder.tokenizer, TaskVector.between(model, before))
     wait()
     return _report(read_json(step.unlearning), seconds=time.monotonic() - started)
 
@@ -150,8 +149,7 @@ def measure_step(
     step = project.step(plan.request)
     runtime = Runtime(plan.settings.run)
     remote = plan.settings.base.trust_remote_code
-    tokenizer = load_tokenizer(step.model, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(step.model, trust_remote_code=remote))
+    encoder = Encoder.of(step.model, plan.settings)
     model = load_model(step.model, device=runtime.device, trust_remote_code=remote)
     if runtime.split:
         split_(model, device=runtime.device)
@@ -167,7 +165,7 @@ def measure_step(
         sets,
         encoder,
         plan.settings.evaluation,
-        eos=tokenizer.eos_token_id,
+        eos=encoder.tokenizer.eos_token_id,
         progress=progress,
         references=ReferenceModels(project, plan.settings, request=plan.request).of,
         base=lambda: load_model(project.base.model, device=runtime.device, trust_remote_code=remote),

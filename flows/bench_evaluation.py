@@ -12,7 +12,6 @@ from typing import Any
 import click
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from alkn import registry
 from alkn.base import project_sets
@@ -21,7 +20,7 @@ from alkn.core.probe import RecordSet
 from alkn.core.scoring import Example, score
 from alkn.encoding import Encoder
 from alkn.evaluation import measure_model
-from alkn.models import context_length, load_model, load_tokenizer
+from alkn.models import load_model
 from alkn.project import Project
 from alkn.record_sets import known_records
 from alkn.settings import Settings
@@ -47,14 +46,13 @@ class Bench:
 
     def __init__(self, project: Project, model: Path, *, forget: int, settings: Settings) -> None:
         self.project, self.folder, self.forget, self.settings = project, model, forget, settings
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
-        self.encoder = Encoder(self.tokenizer, settings.data, context=context_length(model))
+        self.encoder = Encoder.of(model, settings)
         self.model: nn.Module = load_model(model)
 
     @property
     def eos(self) -> int:
         """End-of-sequence id."""
-        return int(self.tokenizer.eos_token_id)
+        return int(self.encoder.tokenizer.eos_token_id)
 
     def sets(self) -> list[RecordSet]:
         """What a step measures: its request, the earlier ones, retain, utility, holdout."""

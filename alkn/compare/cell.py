@@ -26,7 +26,7 @@ from alkn.errors import ChainBroken, InputError, TrainingDiverged
 from alkn.evaluation import evaluate_model
 from alkn.files import digest_of, digest_of_value, read_json, read_jsonl, remove, write_json, write_yaml
 from alkn.manifest import code_version, outputs_hold, read_manifest
-from alkn.models import context_length, load_model, load_tokenizer
+from alkn.models import load_model
 from alkn.project import Project, Step
 from alkn.records import Plan
 from alkn.requests.ledger import BASE, Ledger, save_ledger
@@ -228,11 +228,10 @@ def _measure_ahead(project: Project, plan: Plan, ahead: list[str], progress: Pro
     """P of the requests still to come, under the step's model: what a step takes away unasked."""
     step = project.step(plan.request)
     path, remote = step.model, plan.settings.base.trust_remote_code
-    tokenizer = load_tokenizer(path, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, plan.settings.data, context=context_length(path, trust_remote_code=remote))
+    encoder = Encoder.of(path, plan.settings)
     model = load_model(path, device=Runtime(plan.settings.run).device, trust_remote_code=remote)
     sets = [encoder.record_set(name, read_jsonl(project.request(name))) for name in ahead]
-    metrics = evaluate_model(model, sets, encoder, AHEAD, eos=tokenizer.eos_token_id, progress=progress)
+    metrics = evaluate_model(model, sets, encoder, AHEAD, eos=encoder.tokenizer.eos_token_id, progress=progress)
     write_json(ahead_file(step), metrics["sets"])
 
 

@@ -14,7 +14,7 @@ from alkn.encoding import Encoder
 from alkn.files import read_json, write_json
 from alkn.final import final_report
 from alkn.manifest import check_step
-from alkn.models import context_length, load_model, load_tokenizer
+from alkn.models import load_model
 from alkn.project import Project
 from alkn.reference import Reference, make_reference, reference_ratios, request_records
 from alkn.runtime import Runtime
@@ -72,8 +72,7 @@ def measure_final(
     if path.is_file() and read_json(path)["inputs"] == inputs:
         return
     runtime, remote = Runtime(settings.run), settings.base.trust_remote_code
-    tokenizer = load_tokenizer(last.model, trust_remote_code=remote)
-    encoder = Encoder(tokenizer, settings.data, context=context_length(last.model, trust_remote_code=remote))
+    encoder = Encoder.of(last.model, settings)
     records = {name: request_records(project, name) for name in requests}
     made = make_references(ground, settings, comparison, requests)
     model = load_model(last.model, device=runtime.device, trust_remote_code=remote)
