@@ -83,6 +83,21 @@ def test_tofu_refuses_what_is_not_there(tofu_folder: Path) -> None:
     )
 
 
+def test_tofu_requests_and_retain_records_can_come_from_one_configuration(tofu_folder: Path) -> None:
+    both = {"forget": "forget10_perturbed", "retain": "forget10_perturbed", "generic": None}
+    params = TofuParams(path=str(tofu_folder), skip=5, requests=2, records_per_request=2, retain_records=5, **both)
+    splits, every = tofu(params, seed=0), rows(9, "forget10_perturbed")
+    assert {name: list(part) for name, part in splits.forget.items()} == {"tofu_1": every[5:7], "tofu_2": every[7:9]}
+    drawn = [r["question"] for r in splits.retain if r["domain"] == "retain"]
+    never = [r["question"] for r in splits.utility if r["domain"] == "retain"]
+    assert (drawn, never) == ([r["question"] for r in every[0:5:2]], [r["question"] for r in every[1:5:2]])
+    assert splits.generic == []
+    with pytest.raises(InputError, match=r"1 of the retain records are requested too"):
+        tofu(params.model_copy(update={"retain_records": 6}), seed=0)
+    with pytest.raises(InputError, match="forget10_perturbed holds 9 records, and 10 are asked for"):
+        tofu(params.model_copy(update={"retain_records": 10, "skip": 0}), seed=0)
+
+
 @pytest.mark.skipif(not os.environ.get("ALKN_DATA"), reason="ALKN_DATA is not set: the real TOFU files are elsewhere")
 def test_tofu_as_published_has_the_sizes_of_the_protocol() -> None:
     splits = tofu(TofuParams(), seed=0)

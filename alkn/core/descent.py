@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
+from alkn.core.adversary import Adversary, Resistance
 from alkn.core.distributed import average_gradients_
 from alkn.core.scoring import collate, endless_batches
-from alkn.core.training import Loss, distillation_loss
+from alkn.core.training import Loss, backward, distillation_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
-from alkn.errors import InputError, TrainingDiverged
+from alkn.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def descend(
     before_step: Callable[[int], None] | None = None,
     on_measure: Callable[[int, Forgetting], None] | None = None,
     rest: bool = False,
+    resist: Resistance | None = None,
 ) -> Outcome:
     """Descend ``forget`` + ``keep`` until the stop rule is met or the steps are used up.
 
@@ -132,6 +133,8 @@ def descend(
         rest: push no further than asked for: while the last measurement met the target, the forget loss is left
             out of the steps, and before that each record is left out that met it by itself. The others weigh as
             much as they would beside it.
+        resist: an adversary who relearns, and the loss that is descended at his weights in every step;
+            ``None``: nobody. He is there to the last step, whatever rests.
 
     Returns:
         One row of history a measurement; ``reached`` is judged at the stored precision.
@@ -152,6 +155,12 @@ def descend(
     stepper = (
         optimizer(trained) if optimizer else AdamW(trained, lr=pace.lr, weight_decay=pace.weight_decay, foreach=True)
     )
+    adversary = None
+    if resist is not None:
+        adversary = Adversary(
+            task.model, trained, task.forget, resist, batch_size=pace.batch_size,
+            generator=task.generator("adversary"), autocast=task.autocast,
+        )  # fmt: skip
     batches = endless_batches(len(task.forget), pace.batch_size, task.generator("order"))
     device = trained[0].device
     step = 0
@@ -160,15 +169,17 @@ def descend(
         task.progress("steps", step, max(pace.decay_steps, step) or pace.steps)
         if keep is not None:
             with task.autocast():
-                _backward(keep(step), step, "keeping")
+                backward(keep(step), step, "keeping")
         if not (met and rest):
             records = next(batches)
             pushed = [i for i in records if not (rest and at_target[i])]
             if pushed:
                 with task.autocast():
                     loss = forget(task.model, collate(task.forget, pushed, device=device))
-                    _backward(loss * (len(pushed) / len(records)), step, "forget")
+                    backward(loss * (len(pushed) / len(records)), step, "forget")
                 spent += len(pushed)
+        if adversary is not None:
+            adversary(step)
         average_gradients_(trained)
         if pace.clip is not None:
             clip_grad_norm_(trained, pace.clip)
@@ -187,10 +198,6 @@ def descend(
                 on_measure(step, now)
     task.round_weights()
     task.progress("steps", step, step)
-    return Outcome(met, history, {}, spent + (keep.passes if keep else 0))
+    passes = sum(other.passes for other in (keep, adversary) if other is not None)
+    return Outcome(met, history, {}, spent + passes)
 
-
-def _backward(loss: Tensor, step: int, what: str) -> None:
-    if not math.isfinite(float(loss.detach())):
-        raise TrainingDiverged(f"step {step + 1}: the {what} loss is {float(loss.detach())}")
-    loss.backward()

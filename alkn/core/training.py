@@ -190,6 +190,17 @@ def distillation_loss(teacher: nn.Module) -> Loss:
     return loss
 
 
+def backward(loss: Tensor, step: int, what: str) -> None:
+    """Backpropagate a 0-d loss, unless it is not a number to descend.
+
+    Raises:
+        TrainingDiverged: if it is not finite; ``step`` counts from 0.
+    """
+    if not math.isfinite(float(loss.detach())):
+        raise TrainingDiverged(f"step {step + 1}: the {what} loss is {float(loss.detach())}")
+    loss.backward()
+
+
 def fine_tune(
     model: nn.Module,
     examples: Sequence[Example],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alkn.core.adversary import Resistance
 from alkn.core.background import BackgroundModel
 from alkn.core.calibration import smallest_scale
 from alkn.core.descent import descend
@@ -60,10 +61,13 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     keep = None
     if p.retain_batch or p.rehearsal:
         keep = Keeper(task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch)
+    expected = _expected_odds(task, keep.pool if keep else [], p)
+    resist = None
+    if p.resist_weight:
+        resist = Resistance(expectation_loss(expected), p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share)
     if p.forget_loss == "soft_labels":
         pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
-        return descend(task, p.pace(), forget=pushed_down, keep=keep, rest=True)
-    expected = _expected_odds(task, keep.pool if keep else [], p)
+        return descend(task, p.pace(), forget=pushed_down, keep=keep, rest=True, resist=resist)
 
     def lower(step: int, now: Forgetting) -> None:
         """Expect less where it is not enough: of all if too much is guessed right, else of what nobody would guess."""
@@ -73,7 +77,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
                 odds.sub_(p.background_step * ((odds < 0) | guessed))
 
     levelled = odds_loss(expected, width=p.background_width) if p.forget_loss == "huber" else expectation_loss(expected)
-    return descend(task, p.pace(), forget=levelled, keep=keep, on_measure=lower)
+    return descend(task, p.pace(), forget=levelled, keep=keep, on_measure=lower, resist=resist)
 
 
 def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:

@@ -62,7 +62,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "background_sharpness",
             "background_shift", "background_lowest", "background_highest", "background_width", "background_step",
-            "forget_loss",
+            "forget_loss", "resist_weight", "resist_lr", "resist_steps", "resist_share",
         ),
         ("interleaved",),
     ),
@@ -139,6 +139,9 @@ class AlknParams(DescentParams):
         background_width: ``huber``: distance in nats from there within which the force fades.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
+        resist_weight, resist_lr, resist_steps, resist_share: interleaved: the adversary who relearns, and how much is
+            done about him, see :class:`alkn.core.adversary.Resistance`; the loss at his weights is the one of
+            ``cross_entropy``. Weight 0: there is none.
         rehearsal: prompts that θ_{t-1} answers in its own words, to be kept like the retain records; 0: none.
         rehearsal_batch: written records in a step of ``interleaved``, beside ``retain_batch`` retain records.
         repair_steps, repair_lr, repair_batch: rounds: after each negation, steps that distil θ_{t-1} on
@@ -186,6 +189,10 @@ class AlknParams(DescentParams):
     background_highest: float = 3.0
     background_width: float = Field(2.0, gt=0)
     background_step: float = Field(0.2, ge=0)
+    resist_weight: float = Field(0.0, ge=0)
+    resist_lr: float = Field(1e-3, gt=0)
+    resist_steps: int = Field(20, ge=1)
+    resist_share: float = Field(0.1, gt=0, lt=1)
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(20, ge=1)
     retain_batch: int = Field(12, ge=0)

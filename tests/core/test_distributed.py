@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from alkn import registry
 from alkn.chain import begin_together
+from alkn.core.adversary import Resistance
 from alkn.core.descent import Pace, descend, divergence_term
 from alkn.core.distributed import dealt, is_split, joined, joined_rows, part_of, processes, shares, whole_batches
 from alkn.core.generation import greedy
@@ -128,7 +129,8 @@ def one_step(form: str) -> dict[str, Tensor]:
 
 
 def descended(form: str) -> dict[str, Tensor]:
-    """Three steps of weighted ascent with a divergence term, and three of a Huber loss on batches of one record."""
+    """Three steps of weighted ascent with a divergence term, three of a Huber loss on batches of one record, and
+    three of that loss with an adversary."""
     task = task_of(form)
     pace = Pace(
         lr=1e-3, steps=3, decay_steps=3, lr_floor=0.1, check_every=1, batch_size=4, retain_batch=3, weight_decay=0.0,
@@ -137,7 +139,9 @@ def descended(form: str) -> dict[str, Tensor]:
     outcome = descend(task, pace, forget=ascent_loss(torch.sqrt), keep=divergence_term(task, pace))
     odds = odds_loss([torch.zeros(e.answer_length) for e in task.forget], width=1.0)
     more = descend(task, replace(pace, batch_size=1, retain_batch=1), forget=odds, keep=None)
-    rows = [row[key] for row in (*outcome.history, *more.history) for key in ("p", "exact_memorization")]
+    resist = Resistance(odds, weight=0.7, lr=1e-3, steps=2, share=0.4)
+    last = descend(task, replace(pace, batch_size=2), forget=odds, keep=None, resist=resist)
+    rows = [row[key] for row in (*outcome.history, *more.history, *last.history) for key in ("p", "exact_memorization")]
     return full(task, task.weights(), "descended") | {"history": torch.tensor(rows, dtype=torch.float64)}
 
 
