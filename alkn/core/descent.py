@@ -200,4 +200,3 @@ def descend(
     task.progress("steps", step, step)
     passes = sum(other.passes for other in (keep, adversary) if other is not None)
     return Outcome(met, history, {}, spent + passes)
-

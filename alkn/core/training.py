@@ -141,24 +141,6 @@ def expectation_loss(targets: Sequence[Tensor]) -> Loss:
     return loss
 
 
-def odds_loss(targets: Sequence[Tensor], *, width: float) -> Loss:
-    """Bring every answer token's log-odds to a target: Huber(z − target), the mean over tokens, then over records.
-
-    A token is moved with a constant force until it is near its target, however improbable it is already.
-
-    Args:
-        targets: per record of the training set, log-odds of each answer token, ``[answer_length]``.
-        width: distance in nats within which the force fades, > 0.
-    """
-
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        odds = _log_odds(answer_logits(model, batch), batch.targets)
-        wanted = torch.cat([targets[i] for i in batch.records]).to(odds.device)
-        return _mean_over_records(nn.functional.smooth_l1_loss(odds, wanted, beta=width, reduction="none"), batch)
-
-    return loss
-
-
 def _mean_over_records(values: Tensor, batch: Batch) -> Tensor:
     """The mean over a record's labels, then over records: each record weighs the same. ``[labels]`` to 0-d."""
     length = torch.bincount(batch.rows, minlength=len(batch.records))

@@ -1,6 +1,6 @@
 """ALKN: a task vector, trained with soft labels and localised by a learned mask, is subtracted.
 
-Six presets (docs/METHOD.md): ``interleaved``, the default, and ``deep`` negate and repair in every step,
+Six presets (docs/METHOD.md): ``interleaved``, the default, and ``resistant`` negate and repair in every step,
 ``rounds`` in small rounds; ``derived``, ``paper`` and ``reference`` negate once.
 """
 
@@ -19,7 +19,7 @@ from alkn.core.descent import descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Example, Scores
-from alkn.core.training import answer_loss, expectation_loss, fine_tune, odds_loss, suppression_loss
+from alkn.core.training import answer_loss, expectation_loss, fine_tune, suppression_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
@@ -47,9 +47,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     """Every step negates one step of the forget task vector and repairs, in one AdamW update.
 
     The repair is the retain cross-entropy and the distillation of θ_{t-1} on records in its own words. The
-    forget part is one of three losses on the log-odds of the answer tokens: with soft labels it pushes down
-    what is known and rests while the target is met; the other two bring each token to what a background
-    model that never saw the record expects.
+    forget part is a loss on the log-odds of the answer tokens: with soft labels it pushes down what is known and
+    rests while the target is met; cross-entropy brings each token to what a background model that never saw the
+    record expects. An adversary who relearns may be held off in the same update.
     """
     before, _ = task.measure_stored()
     if task.stop.met(before):
@@ -76,8 +76,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             for odds in expected:
                 odds.sub_(p.background_step * ((odds < 0) | guessed))
 
-    levelled = odds_loss(expected, width=p.background_width) if p.forget_loss == "huber" else expectation_loss(expected)
-    return descend(task, p.pace(), forget=levelled, keep=keep, on_measure=lower, resist=resist)
+    return descend(task, p.pace(), forget=expectation_loss(expected), keep=keep, on_measure=lower, resist=resist)
 
 
 def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:

@@ -40,7 +40,10 @@ REFERENCE: dict[str, Any] = {
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
-    "deep": {"lr": 1e-3, "forget_loss": "huber", "background_sharpness": 3.0, "background_shift": 0.5},
+    "resistant": {
+        "lr": 5e-4, "decay_steps": 100, "batch_size": 8, "retain_batch": 12, "rehearsal_batch": 36, "rehearsal": 1600,
+        "forget_loss": "cross_entropy", "resist_weight": 0.3,
+    },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
         "label_scale": 10.0, "label_midpoint": 0.8, "rehearsal": 0,
@@ -61,7 +64,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "background_sharpness",
-            "background_shift", "background_lowest", "background_highest", "background_width", "background_step",
+            "background_shift", "background_lowest", "background_highest", "background_step",
             "forget_loss", "resist_weight", "resist_lr", "resist_steps", "resist_share",
         ),
         ("interleaved",),
@@ -131,12 +134,11 @@ class AlknParams(DescentParams):
         scale: λ of ``once``; ``null``: calibrated, the smallest that meets the target.
         scale_max, bisections: the search for λ in a round; no bisection: always ``scale_max``.
         forget_loss: interleaved: ``soft_labels`` of ``label_scale`` and ``label_midpoint`` push down, see
-            :func:`alkn.core.training.suppression_loss`; ``cross_entropy`` and ``huber`` bring to a level, see
-            :func:`alkn.core.training.expectation_loss` and :func:`alkn.core.training.odds_loss`.
+            :func:`alkn.core.training.suppression_loss`; ``cross_entropy`` brings to a level, see
+            :func:`alkn.core.training.expectation_loss`.
         background_sharpness, background_shift, background_lowest, background_highest: the level: the log-odds
             that a forget token shall have are sharpness · z + shift between the bounds, z those that
             :class:`alkn.core.background.BackgroundModel` gives it.
-        background_width: ``huber``: distance in nats from there within which the force fades.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
         resist_weight, resist_lr, resist_steps, resist_share: interleaved: the adversary who relearns, and how much is
@@ -148,7 +150,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    preset: Literal["interleaved", "deep", "rounds", "derived", "paper", "reference"] = "interleaved"
+    preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
     lr: float = Field(2e-4, gt=0)
@@ -182,12 +184,11 @@ class AlknParams(DescentParams):
     scale: float | None = Field(None, gt=0)
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
-    forget_loss: Literal["soft_labels", "cross_entropy", "huber"] = "soft_labels"
+    forget_loss: Literal["soft_labels", "cross_entropy"] = "soft_labels"
     background_sharpness: float = Field(2.0, gt=0)
     background_shift: float = 0.4
     background_lowest: float = -16.0
     background_highest: float = 3.0
-    background_width: float = Field(2.0, gt=0)
     background_step: float = Field(0.2, ge=0)
     resist_weight: float = Field(0.0, ge=0)
     resist_lr: float = Field(1e-3, gt=0)

@@ -1,4 +1,4 @@
-"""The adversary inside the loop: his step and the gradient at his weights against a second model, and what he is for."""
+"""The adversary inside the loop: his step and the gradient at his weights against a second model; what he is for."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from alkn.core.scoring import Example, answer_logits, collate, mean_gradient, sc
 from alkn.core.sequence_losses import ascent_loss
 from alkn.core.sharding import split_
 from alkn.core.sophia import gauss_newton_bartlett
-from alkn.core.training import Hyperparameters, answer_loss, fine_tune, odds_loss
+from alkn.core.training import Hyperparameters, answer_loss, expectation_loss, fine_tune
 from alkn.core.unlearning import StopRule, Task
 from alkn.errors import InputError
 from alkn.files import keyed_digest_of, read_json, write_yaml
@@ -129,15 +129,15 @@ def one_step(form: str) -> dict[str, Tensor]:
 
 
 def descended(form: str) -> dict[str, Tensor]:
-    """Three steps of weighted ascent with a divergence term, three of a Huber loss on batches of one record, and
-    three of that loss with an adversary."""
+    """Three steps each: weighted ascent with a divergence term, a loss towards a level on batches of one record, and
+    that loss with an adversary."""
     task = task_of(form)
     pace = Pace(
         lr=1e-3, steps=3, decay_steps=3, lr_floor=0.1, check_every=1, batch_size=4, retain_batch=3, weight_decay=0.0,
         clip=1.0,
     )  # fmt: skip
     outcome = descend(task, pace, forget=ascent_loss(torch.sqrt), keep=divergence_term(task, pace))
-    odds = odds_loss([torch.zeros(e.answer_length) for e in task.forget], width=1.0)
+    odds = expectation_loss([torch.zeros(e.answer_length) for e in task.forget])
     more = descend(task, replace(pace, batch_size=1, retain_batch=1), forget=odds, keep=None)
     resist = Resistance(odds, weight=0.7, lr=1e-3, steps=2, share=0.4)
     last = descend(task, replace(pace, batch_size=2), forget=odds, keep=None, resist=resist)

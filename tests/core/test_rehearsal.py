@@ -15,7 +15,7 @@ from torch import nn
 from alkn.core.generation import greedy
 from alkn.core.rehearsal import rehearsal_set, spliced_prompts
 from alkn.core.scoring import Example, collate, endless_batches, score
-from alkn.core.training import distillation_loss, expectation_loss, odds_loss, suppression_loss
+from alkn.core.training import distillation_loss, expectation_loss, suppression_loss
 
 CPU = torch.device("cpu")
 
@@ -57,22 +57,6 @@ def test_gradient_of_suppression_is_the_entropic_weight(make_model: Any, make_ex
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
-def test_odds_loss_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:
-    """Huber of the log-odds' distance to their targets: the mean over a record's tokens, then over records."""
-    model, examples = make_model("llama", std=0.5), make_examples(5)
-    targets = [torch.linspace(-9, 4, e.answer_length) for e in examples]
-    means = []
-    for example, target in zip(examples, targets, strict=True):
-        log_p, tokens = answer_rows(model, [example], full_forward)
-        p = np.exp(log_p[np.arange(len(tokens)), tokens])
-        d = np.abs(np.log(p / (1 - p)) - target.numpy())
-        means.append(np.where(d < 1.5, d**2 / 3.0, d - 0.75).mean())
-    found = odds_loss(targets, width=1.5)(model, collate(examples, range(5), device=CPU))
-    assert found.item() == pytest.approx(np.mean(means), rel=1e-4)
-    part = odds_loss(targets, width=1.5)(model, collate(examples, (3, 1), device=CPU))
-    assert part.item() == pytest.approx((means[3] + means[1]) / 2, rel=1e-4)
-
-
 def test_expectation_loss_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:
     """−q log π − (1 − q) log(1 − π): the mean over a record's tokens, then over records; least at π = q."""
     model, examples = make_model("llama", std=0.5), make_examples(5)
@@ -87,24 +71,6 @@ def test_expectation_loss_against_numpy(make_model: Any, make_examples: Any, ful
     assert expectation_loss(targets)(model, batch).item() == pytest.approx(np.mean(means), rel=1e-4)
     gradient = torch.autograd.grad(expectation_loss(own)(model, batch), list(model.parameters()))
     assert max(float(g.abs().max()) for g in gradient) < 1e-5
-
-
-def test_force_of_the_odds_loss(make_model: Any, make_examples: Any, full_forward: Any) -> None:
-    """Along the log-odds: ±1 far from the target, linear within the width, towards it from both sides."""
-    model, examples = make_model("gpt2", std=0.5).double(), make_examples(3)
-    odds = []
-    for example in examples:
-        nll, _ = full_forward(model, example)
-        odds.append(-nll - torch.log1p(-torch.exp(-nll)))
-    offsets = [torch.arange(len(z), dtype=torch.float64) % 5 * 2 - 4 for z in odds]  # −4, −2, 0, 2, 4 nats away
-    targets = [z.detach() - o for z, o in zip(odds, offsets, strict=True)]
-    batch = collate(examples, range(3), device=CPU)
-    found = torch.autograd.grad(odds_loss(targets, width=3.0)(model, batch), list(model.parameters()))
-    forces = [torch.tensor(np.clip(o.numpy() / 3.0, -1, 1)) for o in offsets]
-    mean = torch.stack([(z * f).mean() for z, f in zip(odds, forces, strict=True)]).mean()
-    expected = torch.autograd.grad(mean, list(model.parameters()))
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
 def test_distillation_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:

@@ -25,7 +25,7 @@ from alkn.methods.alkn_once import MaskedTraining
 from alkn.methods.alkn_params import READ_BY, AlknParams
 from alkn.registry import methods
 
-PRESETS = ("interleaved", "deep", "rounds", "derived", "reference", "paper")
+PRESETS = ("interleaved", "resistant", "rounds", "derived", "reference", "paper")
 STOP = StopRule(p=0.01, exact_memorization=0.2)
 NEVER = StopRule(p=0.0, exact_memorization=0.0)
 
@@ -121,7 +121,7 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
             {"preset": "rounds", "label_form": "log_odds", "label_midpoint": 1},
             "'log_odds' takes a label_midpoint below 1",
         ),
-        ({"preset": "round"}, "Input should be 'interleaved', 'deep', 'rounds'"),
+        ({"preset": "round"}, "Input should be 'interleaved', 'resistant', 'rounds'"),
         ({"lrr": 1e-3}, "Extra inputs are not permitted"),
         ({"preset": "rounds", "share": 1.5}, "less than or equal to 1"),
         ({"preset": "paper", "scale": 0}, "greater than 0"),
@@ -171,7 +171,7 @@ READ: set[str] = set()
 EVERYTHING: dict[str, list[dict[str, Any]]] = {
     "interleaved": [
         {"steps": 2, "rehearsal": 2, "decay_steps": 1, "check_every": 1},
-        {"steps": 5, "rehearsal": 2, "forget_loss": "huber", "decay_steps": 1},
+        {"steps": 5, "rehearsal": 2, "forget_loss": "cross_entropy", "decay_steps": 1, "resist_weight": 0.2},
     ],
     "rounds": [
         {"steps": 2, "criterion": "m", "overlap": "product_std", "repair_steps": 1, "ternary_share": 0.5},
@@ -546,15 +546,17 @@ def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> N
     assert abs(float(torch.logit(guessed)) - 3.0) < 1.5
 
 
-def test_deep_forgets_deeper(memorised: Any) -> None:
-    """Same steps, same records: the constant force leaves the forgotten tokens far less probable."""
-    left = {}
-    for preset, loss in (("interleaved", "cross_entropy"), ("deep", "huber")):
-        task = task_of(memorised, stop=NEVER)
-        small = {"lr": 2e-3, "rehearsal": 12, "rehearsal_batch": 6, "retain_batch": 6, "decay_steps": 60, "steps": 60}
-        alkn(task, AlknParams.model_validate({"preset": preset, "forget_loss": loss, "background_step": 0} | small))
-        left[preset] = float(score(task.model, memorised.forget).nll.mean())
-    assert left["deep"] > left["interleaved"] + 2
+def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
+    """Without keeping parts: six forget records a step in batches of 8, one that he has, five that he has not."""
+    plain, held = (
+        alkn(
+            task_of(memorised, stop=NEVER),
+            AlknParams(preset="resistant", steps=7, rehearsal=0, retain_batch=0, resist_weight=weight),
+        )
+        for weight in (0.0, 0.3)
+    )
+    assert (plain.passes, held.passes) == (7 * 8, 7 * (8 + 1 + 5))
+    assert plain.history[-1] != held.history[-1]
 
 
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
@@ -639,7 +641,7 @@ def test_presets_with_a_fixed_scale_say_whether_they_reached_the_target(preset: 
 
 def run(memorised: Any, preset: str, *, seed: int = 0, **more: Any) -> tuple[Task, Outcome]:
     task = task_of(memorised, seed=seed, stop=StopRule(0.5, 1.0), **more)
-    if preset in ("interleaved", "deep"):
+    if preset in ("interleaved", "resistant"):
         return task, alkn(task, interleaved_of(preset=preset))
     quick = {"lr": 2e-3, "retain_sample": 9} | ({"steps": 30} if preset == "rounds" else {})
     return task, alkn(task, AlknParams.model_validate({"preset": preset} | quick))
