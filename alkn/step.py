@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -112,7 +111,6 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
         refusals=[encoder.answer(text) for text in REFUSALS],
         stored=stored,
         before=(lambda: _trainable(parent, runtime, plan.settings)[0]) if runtime.split else None,
-        base=partial(_frozen, project.base, runtime, plan.settings) if parent.id != project.base.id else None,
         autocast=runtime.autocast,
         progress=progress,
     )
@@ -297,12 +295,6 @@ def _trainable(parent: Step, runtime: Runtime, settings: Settings) -> tuple[nn.M
     stored = next(model.parameters()).dtype
     model = model.float()
     return split_(model, device=runtime.device) if runtime.split else model, stored
-
-
-def _frozen(step: Step, runtime: Runtime, settings: Settings) -> nn.Module:
-    """A step's model, checked against its manifest, only to be read."""
-    check_step(step)
-    return _trainable(step, runtime, settings)[0].requires_grad_(False).eval()
 
 
 @torch.no_grad()

@@ -154,25 +154,18 @@ def _log_odds(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, target).squeeze(1) - others
 
 
-def distillation_loss(teacher: nn.Module, *, base: nn.Module | None = None) -> Loss:
+def distillation_loss(teacher: nn.Module) -> Loss:
     """Mean over answer tokens of KL(teacher ‖ model), in nats: stay what the teacher was on these records.
 
     Args:
         teacher: the same kind of model, on the same device; it is not trained.
-        base: another such model, from before the teacher forgot something. At tokens where the two have the same
-            first choice it is the teacher: what the teacher still knows is brought back to the certainty that it
-            had, and what the teacher forgot is not brought back.
 
-    Source: Hinton et al. 2015; as a term against forgetting, Li and Hoiem 2016. With ``base``: own.
+    Source: Hinton et al. 2015; as a term against forgetting, Li and Hoiem 2016.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
             wanted = torch.log_softmax(answer_logits(teacher, batch).float(), -1)
-            if base is not None:
-                before = torch.log_softmax(answer_logits(base, batch).float(), -1)
-                same = before.argmax(-1, keepdim=True) == wanted.argmax(-1, keepdim=True)
-                wanted = torch.where(same, before, wanted)
         now = torch.log_softmax(answer_logits(model, batch).float(), -1)
         return nn.functional.kl_div(now, wanted, reduction="batchmean", log_target=True)
 

@@ -88,7 +88,6 @@ class Task:
         as_stored: context in which the model computes with the weights that would be stored, where rounding
             what is trained does not give them (adapters); ``None``: it does.
         before: reads θ_{t-1} again, as a model of its own on the same device; ``None``: the model is copied.
-        base: reads θ_0, frozen, on the same device; ``None``: θ_{t-1} is θ_0, or θ_0 is not at hand.
         linear: whether the model's weights are linear in what is trained, so that differences can be scaled.
         autocast: context of the forward passes in training.
         progress: told about long work.
@@ -106,7 +105,6 @@ class Task:
     stored: torch.dtype = torch.float32
     as_stored: Callable[[], AbstractContextManager[None]] | None = None
     before: Callable[[], nn.Module] | None = None
-    base: Callable[[], nn.Module] | None = None
     linear: bool = True
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     progress: Progress = no_progress

@@ -60,13 +60,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         )
     keep = None
     if p.retain_batch or p.rehearsal:
-        keep = Keeper(
-            task,
-            rehearsal=p.rehearsal,
-            retain_batch=p.retain_batch,
-            rehearsal_batch=p.rehearsal_batch,
-            base_teacher=p.base_teacher,
-        )
+        keep = Keeper(task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch)
     expected = _expected_odds(task, keep.pool if keep else [], p)
     resist = None
     if p.resist_weight:
@@ -129,7 +123,6 @@ def _keeper(task: Task, p: AlknParams) -> Keeper:
         steps=p.repair_steps,
         batch_size=p.repair_batch,
         lr=p.repair_lr,
-        base_teacher=p.base_teacher,
     )
 
 

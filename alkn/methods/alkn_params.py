@@ -82,7 +82,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
         ),
         ("once",),
     ),
-    **dict.fromkeys(("steps", "rehearsal", "base_teacher"), ("interleaved", "rounds")),
+    **dict.fromkeys(("steps", "rehearsal"), ("interleaved", "rounds")),
     **dict.fromkeys(
         (
             "epochs", "soft_labels", "label_form", "criterion", "sign", "strength",
@@ -145,7 +145,6 @@ class AlknParams(DescentParams):
             done about him, see :class:`alkn.core.adversary.Resistance`; the loss at his weights is the one of
             ``cross_entropy``. Weight 0: there is none.
         rehearsal: prompts that θ_{t-1} answers in its own words, to be kept like the retain records; 0: none.
-        base_teacher: where θ_{t-1} still has the first choice of θ_0, distil the distribution of θ_0.
         rehearsal_batch: written records in a step of ``interleaved``, beside ``retain_batch`` retain records.
         repair_steps, repair_lr, repair_batch: rounds: after each negation, steps that distil θ_{t-1} on
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
@@ -196,7 +195,6 @@ class AlknParams(DescentParams):
     resist_steps: int = Field(20, ge=1)
     resist_share: float = Field(0.1, gt=0, lt=1)
     rehearsal: int = Field(1200, ge=0)
-    base_teacher: bool = False
     rehearsal_batch: int = Field(20, ge=1)
     retain_batch: int = Field(12, ge=0)
     repair_steps: int = Field(0, ge=0)

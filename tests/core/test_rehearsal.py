@@ -86,23 +86,6 @@ def test_distillation_against_numpy(make_model: Any, make_examples: Any, full_fo
     assert distillation_loss(copy.deepcopy(model))(model, batch).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_distillation_of_the_base_where_the_first_choice_is_the_same(
-    make_model: Any, make_examples: Any, full_forward: Any
-) -> None:
-    """Token by token in numpy; the two first choices differ at some tokens and not at all."""
-    teacher, model, examples = make_model("llama", seed=1, std=0.3), make_model("llama", std=0.5), make_examples(5)
-    base = copy.deepcopy(teacher)
-    with torch.no_grad():
-        for w in base.parameters():
-            w.add_(0.04 * torch.randn(w.shape, generator=seeded(2)))
-    (now, _), (before, _), (q, _) = (answer_rows(m, examples, full_forward) for m in (teacher, base, model))
-    same = now.argmax(1) == before.argmax(1)
-    assert 0 < same.sum() < len(same)
-    p = np.where(same[:, None], before, now)
-    loss = distillation_loss(teacher, base=base)(model, collate(examples, range(5), device=CPU))
-    assert loss.item() == pytest.approx((np.exp(p) * (p - q)).sum(1).mean(), rel=1e-4)
-
-
 def test_endless_batches_take_every_record_once_a_round() -> None:
     """Also where a round ends inside a batch, and where a batch is larger than the set."""
     for count, size in ((7, 3), (6, 16), (5, 5)):

@@ -559,28 +559,6 @@ def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
     assert plain.history[-1] != held.history[-1]
 
 
-@pytest.mark.parametrize("procedure", ["interleaved", "rounds"])
-def test_the_base_model_is_read_where_it_teaches(procedure: str, memorised: Any) -> None:
-    """Only if asked for and at hand, and then it changes what is kept."""
-    asked, left = [], []
-
-    def base() -> nn.Module:
-        asked.append(procedure)
-        model = memorised.model().requires_grad_(False)
-        for p in model.parameters():
-            p.mul_(1.05)
-        return model
-
-    short = {"steps": 2} if procedure == "interleaved" else {"steps": 1, "repair_steps": 2}
-    for teaches, at_hand in ((False, base), (True, None), (True, base)):
-        task = task_of(memorised, stop=NEVER, base=at_hand)
-        params = {"preset": procedure, "lr": 1e-3, "rehearsal": 4, "base_teacher": teaches, **short}
-        alkn(task, AlknParams.model_validate(params))
-        left.append(torch.cat([w.flatten() for w in task.weights().values()]))
-    assert asked == [procedure]
-    assert torch.equal(left[0], left[1]) and not torch.equal(left[0], left[2])
-
-
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
     """A background that expects what may not be known: lowered at each measurement, it ends forgotten; else not."""
     high = {"forget_loss": "cross_entropy", "background_sharpness": 1e-3, "background_shift": 3.0, "steps": 120}
