@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
         "lr": 5e-4, "decay_steps": 100, "batch_size": 8, "retain_batch": 12, "rehearsal_batch": 36, "rehearsal": 1600,
-        "base_teacher": True, "forget_loss": "cross_entropy", "resist_weight": 0.15,
+        "forget_loss": "cross_entropy", "resist_weight": 0.15,
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
