@@ -24,6 +24,8 @@ FIRST_GUESS_PASSES = 60
 """Record passes a forget record where the chain has no step to learn from (docs/EXPERIMENTS.md)."""
 COPIES = 8
 """float32 copies of the weights at the peak: model, θ, gradient, G_r, two moments, step, mask."""
+ADVERSARY_COPIES = 6
+"""More of the trained weights where an adversary relearns: his, gradient, two moments; the model's own and gradient."""
 ADAPTED_COPIES = 3
 """The same where adapters are trained: model, θ_{t-1}, merged layers."""
 
@@ -57,6 +59,8 @@ def estimate(project: Project, settings: Settings, ledger: Ledger) -> Estimate:
     records = sum(entry.records for entry in ledger.pending.values())
     seconds, source = _seconds(project, settings, ledger, records)
     copies = COPIES if settings.lora.rank is None else ADAPTED_COPIES
+    if settings.lora.rank is None and getattr(settings.method.params, "resist_weight", False):
+        copies += ADVERSARY_COPIES
     return Estimate(seconds, copies * size, count * STEP_SIZE * size, free_bytes(project.root), source)
 
 
