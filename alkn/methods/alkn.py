@@ -61,11 +61,12 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     keep = None
     if p.retain_batch or p.rehearsal:
         keep = Keeper(task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch)
-    expected = _expected_odds(task, keep.pool if keep else [], p)
+    pushes = p.forget_loss == "soft_labels"
+    expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
     resist = None
     if p.resist_weight:
         resist = Resistance(expectation_loss(expected), p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share)
-    if p.forget_loss == "soft_labels":
+    if pushes:
         pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
         return descend(task, p.pace(), forget=pushed_down, keep=keep, rest=True, resist=resist)
 
