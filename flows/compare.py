@@ -57,24 +57,26 @@ def compare(config: str, folder: str, workers: int | None = None, only: list[str
 
 @flow(name="compare-cells", persist_result=False, validate_parameters=False)
 def make_cells(folder: str, config: str, comparison: Comparison, entries: Sequence[Entry]) -> dict[str, str]:
-    """Base models, then cells; where a sweep is over, its best values on the other seeds.
+    """Base models, sweeps and cells without one; where a sweep is over, the cells of its best values.
 
     Returns:
         Cell -> why it could not be made.
     """
     work = Work(folder, config, comparison)
+    # Before any cell: one that waits for its base takes a place.
+    for seed in dict.fromkeys(seed for entry in entries for seed in comparison.seeds_of(entry)):
+        work.base(seed)
     # Sweeps first: others wait for what they choose.
-    order = sorted(entries, key=lambda entry: not entry.sweep)
-    first = {entry.label: [work.start(cell) for cell in comparison.first_cells(entry)] for entry in order}
+    trials = {entry.label: [work.start(cell) for cell in comparison.trials(entry)] for entry in entries}
+    cells = [work.start(cell) for entry in entries if not entry.sweep for cell in comparison.cells(entry)]
     with cell_bars(Path(folder)):
-        later: list[Started] = []
-        for entry in order:
-            results = work.finish(first[entry.label])
+        for entry in entries:
+            results = work.finish(trials[entry.label])
             over = [result for result in results if result is not None]
-            if entry.sweep and len(over) == len(results):
+            if over and len(over) == len(results):
                 best = choose(over, comparison.choose_by).cell.variant
-                later += [work.start(cell) for cell in comparison.later_cells(entry, best)]
-        work.finish(later)
+                cells += [work.start(cell) for cell in comparison.cells(entry, best)]
+        work.finish(cells)
     return work.failed
 
 
@@ -100,7 +102,7 @@ class Work:
 
     def start(self, cell: Cell) -> Started:
         """Submit a cell, unless nothing of it is left to make."""
-        base = self._base(cell.seed)
+        base = self.base(cell.seed)
         if base == "" and is_complete(self._result(cell), self._comparison):
             return cell, None
         named = make_cell.with_options(task_run_name=cell.title)
@@ -122,8 +124,8 @@ class Work:
                 write_report(Path(self._folder), self._comparison, so_far, pictures=False)
         return results
 
-    def _base(self, seed: int) -> PrefectFuture[str] | str:
-        """What a cell waits for: the seed's base model being made, or nothing."""
+    def base(self, seed: int) -> PrefectFuture[str] | str:
+        """What a seed's cells wait for: the base model being made, or nothing."""
         if seed not in self._bases:
             made = ground_is_made(Path(self._folder), self._comparison, seed)
             self._bases[seed] = "" if made else make_base.submit(self._folder, self._config, seed)

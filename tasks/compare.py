@@ -50,7 +50,7 @@ def make_cell(folder: str, config: str, cell: Cell, ground: str) -> str:
 def log_cell(folder: str, comparison: Comparison, cell: Cell) -> None:
     """Log a cell that is over to MLflow; while tracking is down, the next run does."""
     root = Path(folder)
-    result, key = read_cell(root, comparison, cell), read_json(state_file(project_of(root, cell)))["key"]
+    result, key = read_cell(root, comparison, cell), read_json(state_file(root, cell))["key"]
     if result is None:
         return
     settings = comparison.cell_settings(cell)

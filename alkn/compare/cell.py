@@ -49,12 +49,12 @@ def ground_of(folder: Path, seed: int) -> Project:
 
 def project_of(folder: Path, cell: Cell) -> Project:
     """The project of a cell."""
-    return Project(folder.resolve() / "cells" / cell.name)
+    return Project(folder.resolve() / "cells" / cell.folder)
 
 
-def state_file(project: Project) -> Path:
+def state_file(folder: Path, cell: Cell) -> Path:
     """What a cell says of itself once it is over: written last."""
-    return project.root / "cell.json"
+    return project_of(folder, cell).root / ("trial.json" if cell.trial else "cell.json")
 
 
 def requests_of(ground: Project) -> list[str]:
@@ -64,6 +64,11 @@ def requests_of(ground: Project) -> list[str]:
         return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
     return sorted((path.stem for path in (ground.splits / "forget").glob("*.jsonl")), key=natural)
+
+
+def chain_of(comparison: Comparison, cell: Cell, requests: list[str]) -> list[str]:
+    """The requests of a cell: all of the benchmark's, or those of a trial."""
+    return requests[: comparison.sweep_requests] if cell.trial else requests
 
 
 def make_ground(folder: Path, comparison: Comparison, seed: int, tell: Tell) -> None:
@@ -113,17 +118,19 @@ def run_cell(folder: Path, comparison: Comparison, cell: Cell, tell: Tell) -> Ma
     project, settings = project_of(folder, cell), comparison.cell_settings(cell)
     ground = ground_of(folder, cell.seed)
     with _locked(project):
-        requests, key = requests_of(ground), key_of(ground, settings)
-        known = _known_state(project, key)
+        every, key, path = requests_of(ground), key_of(ground, settings), state_file(folder, cell)
+        requests = chain_of(comparison, cell, every)
+        known = _known_state(path, project, requests, key)
         if known is None:
-            remove(state_file(project))
+            remove(path)
             _link_ground(folder, project, ground, settings)
-            known = _chain(project, settings, requests, tell)
-        if known["state"] == "done":
+            known = _chain(project, settings, requests, every, tell)
+        if known["state"] == "done" and not cell.trial:
             measure_final(project, ground, settings, comparison, requests, _telling(tell, "final"))
         state = {"key": key, **known}
-        write_json(state_file(project), state)
-        if known["state"] == "done" and comparison.keep == "last":
+        write_json(path, state)
+        # A trial's are needed by the whole cell, should it be chosen.
+        if known["state"] == "done" and comparison.keep == "last" and not cell.trial:
             _forget_models(project, requests[:-1])
         return state
 
@@ -145,13 +152,14 @@ def key_of(ground: Project, settings: Settings) -> str:
     )  # fmt: skip
 
 
-def _known_state(project: Project, key: str) -> dict[str, Any] | None:
+def _known_state(path: Path, project: Project, requests: list[str], key: str) -> dict[str, Any] | None:
     """How the cell ended, if it did with these settings; a divergence is tried again by other code only."""
-    path = state_file(project)
     if not path.is_file():
         return None
     state = dict(read_json(path))
-    if state.pop("key") != key or state.get("code", code_version()["digest"]) != code_version()["digest"]:
+    if state["requests"] != requests or state.pop("key") != key:
+        return None
+    if state.get("code", code_version()["digest"]) != code_version()["digest"]:
         return None
     for request in state["requests"][: state["steps"]]:
         step = project.step(request)
@@ -179,15 +187,15 @@ def _link_ground(folder: Path, project: Project, ground: Project, settings: Sett
     write_yaml(project.params, settings.model_dump(mode="json"))
 
 
-def _chain(project: Project, settings: Settings, requests: list[str], tell: Tell) -> dict[str, Any]:
-    """All requests in order, each from the model that the one before left."""
+def _chain(project: Project, settings: Settings, requests: list[str], every: list[str], tell: Tell) -> dict[str, Any]:
+    """``requests``, the first of ``every``, in order, each from the model that the one before left."""
     previous, limits = BASE, None
     for number, request in enumerate(requests):
         write_yaml(project.step(request).params, settings.of_step())
         plan = plan_step(project, request, previous=previous, earlier=tuple(requests[:number]), settings=settings)
         limits = {"p": plan.limits.p, "exact_memorization": plan.limits.exact_memorization}
         try:
-            _step(project, plan, requests[number + 1 :], _telling(tell, request))
+            _step(project, plan, every[number + 1 :], _telling(tell, request))
         except TrainingDiverged as error:
             return {
                 "state": "diverged", "reason": f"{request}: {error}", "requests": requests, "steps": number,

@@ -31,7 +31,7 @@ class Entry(Params):
         label: its name in tables, plots and folders.
         method: as in params.yaml: a registered name, or a mapping with ``name`` and parameters.
         seeds: its own seeds; ``null``: those of the comparison.
-        sweep: parameter -> values; every combination runs on the first seed, the best on the others.
+        sweep: parameter -> values; every combination is tried on the first seed, the best runs on all.
     """
 
     label: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,40}$")
@@ -65,27 +65,35 @@ class Entry(Params):
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one seed: a whole chain.
+    """One method with one seed: a whole chain, or the beginning of one.
 
     Attributes:
         label: the method's label.
         variant: which values of its sweep; empty without a sweep.
         seed: of the base model, the data and every step.
+        trial: only the requests by which a sweep chooses; the whole cell goes on from there.
     """
 
     label: str
     variant: str
     seed: int
+    trial: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Below ``cells/``, such as ``npo/lr=0.0001/seed0``."""
+        return "/".join(part for part in (self.label, self.variant, f"seed{self.seed}") if part)
 
     @property
     def name(self) -> str:
-        """Its folder below ``cells/``, such as ``npo/lr=0.0001/seed0``."""
-        return "/".join(part for part in (self.label, self.variant, f"seed{self.seed}") if part)
+        """Unlike that of any other cell: its folder, and whether it is a trial."""
+        return f"{self.folder}/trial" if self.trial else self.folder
 
     @property
     def title(self) -> str:
         """For people: ``npo lr=0.0001 seed 0``."""
-        return " ".join(part for part in (self.label, self.variant, f"seed {self.seed}") if part)
+        parts = (self.label, self.variant, f"seed {self.seed}", "trial" if self.trial else "")
+        return " ".join(part for part in parts if part)
 
 
 class Comparison(Params):
@@ -98,6 +106,7 @@ class Comparison(Params):
         seeds: the seeds of every method that names none.
         methods: what is compared, in the order of the table.
         choose_by: utility domain by which a sweep chooses; ``null``: the first of the benchmark.
+        sweep_requests: requests of the chain by which a sweep chooses; ``null``: all.
         attacks: registered attack -> its parameters, run on each cell's last model.
         references: seeds of models trained without any request's records, one or more a seed of the comparison;
             forget quality is measured against the first. Empty: none.
@@ -112,6 +121,7 @@ class Comparison(Params):
     seeds: tuple[int, ...] = (0, 1, 2)
     methods: tuple[Entry, ...] = Field(min_length=1)
     choose_by: str | None = None
+    sweep_requests: int | None = Field(None, ge=1)
     attacks: dict[str, dict[str, Any]] = {}
     references: tuple[int, ...] = ()
     runner: Literal["threads", "dask", "ray"] = "threads"
@@ -179,19 +189,24 @@ class Comparison(Params):
         return tuple(entry for entry in self.methods if not wanted or entry.label in wanted)
 
     def seeds_of(self, entry: Entry) -> tuple[int, ...]:
-        """A method's seeds; a sweep runs on the first."""
+        """A method's seeds; a sweep chooses on the first."""
         return self.seeds if entry.seeds is None else entry.seeds
 
-    def first_cells(self, entry: Entry) -> list[Cell]:
-        """What can start at once: every variant on the first seed, or, without a sweep, every seed."""
-        seeds = self.seeds_of(entry)
+    def trials(self, entry: Entry) -> list[Cell]:
+        """What a sweep chooses from: every variant on the first seed. Whole cells, if it goes by the whole chain."""
         if not entry.sweep:
-            return [Cell(entry.label, "", seed) for seed in seeds]
-        return [Cell(entry.label, variant, seeds[0]) for variant in entry.variants()]
+            return []
+        part = self.sweep_requests is not None
+        return [Cell(entry.label, variant, self.seeds_of(entry)[0], part) for variant in entry.variants()]
 
-    def later_cells(self, entry: Entry, variant: str) -> list[Cell]:
-        """What follows once a sweep has chosen."""
-        return [Cell(entry.label, variant, seed) for seed in self.seeds_of(entry)[1:]] if entry.sweep else []
+    def cells(self, entry: Entry, variant: str = "") -> list[Cell]:
+        """The whole cells of a method: every seed.
+
+        Args:
+            entry: the method.
+            variant: what its sweep chose.
+        """
+        return [Cell(entry.label, variant, seed) for seed in self.seeds_of(entry)]
 
     def ground_settings(self, seed: int) -> Settings:
         """The settings of a seed's splits and base model."""

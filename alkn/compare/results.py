@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alkn.compare.cell import ahead_file, ground_of, key_of, project_of, state_file
+from alkn.compare.cell import ahead_file, chain_of, ground_of, key_of, project_of, requests_of, state_file
 from alkn.compare.config import Cell, Comparison, Entry
 from alkn.compare.final import final_file, wanted_of
 from alkn.files import read_json
@@ -70,7 +70,7 @@ class CellResult:
         state: ``done`` or ``diverged``.
         reason: why it diverged.
         limits: the targets as numbers.
-        chain: the ids of the requests, also of those that a divergence left out.
+        chain: the ids of its requests, also of those that a divergence left out; a trial has the first ones.
         base: the model before any request.
         steps: the model after each request.
         final: what was measured of the last model alone, see :mod:`alkn.compare.final`.
@@ -225,25 +225,23 @@ def collect(folder: Path, comparison: Comparison) -> Results:
     rows: list[Row] = []
     trials: list[Trial] = []
     for entry in comparison.methods:
-        first = [(cell, read_cell(folder, comparison, cell)) for cell in comparison.first_cells(entry)]
-        over = [result for _, result in first if result is not None]
-        missing = [cell for cell, result in first if result is None]
-        if not entry.sweep:
-            rows.append(Row(entry, "", over, missing))
-            continue
-        best = None if missing else choose(over, comparison.choose_by)
-        trials += [Trial(entry.label, result, result is best) for result in over]
-        if best is None:
+        tried, missing = _read(folder, comparison, comparison.trials(entry))
+        best = None if missing or not tried else choose(tried, comparison.choose_by)
+        trials += [Trial(entry.label, result, result is best) for result in tried]
+        if missing:
             rows.append(Row(entry, "", [], missing))
             continue
-        later = [
-            (cell, read_cell(folder, comparison, cell)) for cell in comparison.later_cells(entry, best.cell.variant)
-        ]
-        found = [result for _, result in later if result is not None]
-        rows.append(Row(entry, best.cell.variant, [best, *found], [cell for cell, r in later if r is None]))
+        variant = best.cell.variant if best else ""
+        rows.append(Row(entry, variant, *_read(folder, comparison, comparison.cells(entry, variant))))
     every = [*(cell for row in rows for cell in row.cells), *(trial.result for trial in trials)]
     domain = comparison.choose_by or (next(iter(every[0].base.never), "") if every else "")
     return Results(rows, trials, domain)
+
+
+def _read(folder: Path, comparison: Comparison, cells: Sequence[Cell]) -> tuple[list[CellResult], list[Cell]]:
+    """Those that are over, and those that are not."""
+    found = {cell: read_cell(folder, comparison, cell) for cell in cells}
+    return [result for result in found.values() if result], [cell for cell, result in found.items() if not result]
 
 
 def choose(results: Sequence[CellResult], domain: str | None) -> CellResult:
@@ -272,9 +270,12 @@ def choose(results: Sequence[CellResult], domain: str | None) -> CellResult:
 def read_cell(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | None:
     """A cell that is over and was made with the present settings, or ``None``."""
     project, ground = project_of(folder, cell), ground_of(folder, cell.seed)
-    if not state_file(project).is_file():
+    path = state_file(folder, cell)
+    if not path.is_file():
         return None
-    state = read_json(state_file(project))
+    state = read_json(path)
+    if state["requests"] != chain_of(comparison, cell, requests_of(ground)):
+        return None
     if state["key"] != key_of(ground, comparison.cell_settings(cell)):
         return None
     limits = Level(state["limits"]["p"], state["limits"]["exact_memorization"])
@@ -287,7 +288,7 @@ def read_cell(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | 
         chain=chain,
         base=_base(ground),
         steps=[_step(project.step(request)) for request in chain[: state["steps"]]],
-        final=_final(project, comparison),
+        final={} if cell.trial else _final(project, comparison),
     )
 
 
@@ -295,7 +296,7 @@ def is_complete(result: CellResult | None, comparison: Comparison) -> bool:
     """Whether nothing of a cell is left to make."""
     if result is None or result.state != "done":
         return result is not None
-    return bool(result.final) or not any(wanted_of(comparison).values())
+    return result.cell.trial or bool(result.final) or not any(wanted_of(comparison).values())
 
 
 def _final(project: Project, comparison: Comparison) -> dict[str, Any]:

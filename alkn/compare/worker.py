@@ -1,7 +1,8 @@
 """The process that makes one base model or one cell: ``python -m alkn.compare.worker FOLDER CONFIG JOB``.
 
-JOB is ``base/<seed>`` or ``<label>/<variant>/<seed>``. A process of its own has threads, memory and a crash
-of its own; it ends when its parent does, however that ends, because its standard input is then closed.
+JOB is ``base/<seed>``, ``trial/<label>/<variant>/<seed>`` or ``cell/<label>/<variant>/<seed>``. A process of
+its own has threads, memory and a crash of its own; it ends when its parent does, however that ends, because its
+standard input is then closed.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def progress_folder(folder: Path) -> Path:
 
 def job_of(cell: Cell) -> str:
     """The JOB argument that makes a cell."""
-    return f"{cell.label}/{cell.variant}/{cell.seed}"
+    return f"{'trial' if cell.trial else 'cell'}/{cell.label}/{cell.variant}/{cell.seed}"
 
 
 def _end_with_parent() -> None:
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of the comparison")
     parser.add_argument("config", type=Path, help="its settings")
-    parser.add_argument("job", help="base/<seed> or <label>/<variant>/<seed>")
+    parser.add_argument("job", help="base/<seed>, trial/<label>/<variant>/<seed> or cell/...")
     arguments = parser.parse_args()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Here, not above: they take seconds, in which the parent may end.
@@ -84,12 +85,12 @@ def main() -> None:
     folder, comparison = arguments.folder, load_comparison(arguments.config)
     progress = ProgressFile(progress_folder(folder) / f"{arguments.job.replace('/', '~')}.json")
     try:
-        head, _, seed = arguments.job.rpartition("/")
-        if head == "base":
+        kind, *which, seed = arguments.job.split("/")
+        if kind == "base":
             make_ground(folder, comparison, int(seed), progress)
         else:
-            label, _, variant = head.partition("/")
-            run_cell(folder, comparison, Cell(label, variant, int(seed)), progress)
+            label, variant = which
+            run_cell(folder, comparison, Cell(label, variant, int(seed), kind == "trial"), progress)
     except AlknError as error:
         logging.getLogger(__name__).error("%s", error, exc_info=True)
         # Last: whoever started this process tells it.

@@ -145,6 +145,27 @@ def test_a_changed_number_is_not_taken(folder: Path) -> None:
     assert step.evaluation.read_bytes() == good
 
 
+def test_a_trial_is_the_beginning_of_the_cell_that_goes_on_from_it(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "base").symlink_to(folder / "base")
+    (tmp_path / ".alkn").symlink_to(folder / ".alkn")
+    method = {"label": "steps", "method": VALUES["methods"][0]["method"], "sweep": {"check_every": [1]}}
+    comparison = written(tmp_path, methods=[method], sweep_requests=1)
+    trial, whole = Cell("steps", "check_every=1", 0, trial=True), Cell("steps", "check_every=1", 0)
+    run_cell(tmp_path, comparison, trial, quiet)
+    results = collect(tmp_path, comparison)
+    assert [list(tried.result.chain) for tried in results.trials] == [["r001"]] and results.missing == [whole]
+    step = project_of(tmp_path, trial).step("r001").manifest
+    sealed = step.stat().st_mtime_ns
+    run_cell(tmp_path, comparison, whole, quiet)
+    results = collect(tmp_path, comparison)
+    assert step.stat().st_mtime_ns == sealed and results.missing == []
+    (tried,), ((made,),) = results.trials, [row.cells for row in results.rows]
+    assert list(made.chain) == ["r001", "r002"] and made.steps[0] == tried.result.steps[0]
+    assert made.steps[1].requests == result(folder, STEPS).steps[1].requests, "the same numbers as without a sweep"
+    longer = written(tmp_path, methods=[method], sweep_requests=2)
+    assert [cell.trial for cell in collect(tmp_path, longer).missing] == [True], "other requests are another trial"
+
+
 def test_requests_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     forget = tmp_path / "data" / "splits" / "forget"
     forget.mkdir(parents=True)

@@ -35,11 +35,20 @@ def load(tmp_path: Path, **changes: Any) -> Comparison:
 def test_cells_of_a_plain_method_and_of_a_sweep(tmp_path: Path) -> None:
     comparison = load(tmp_path, seeds=[4, 5])
     ours, gd = comparison.methods
-    assert comparison.first_cells(ours) == [Cell("ours", "", 4), Cell("ours", "", 5)]
-    assert comparison.later_cells(ours, "") == []
-    assert comparison.first_cells(gd) == [Cell("gd", "lr=0.001", 4), Cell("gd", "lr=0.0001", 4)]
-    assert comparison.later_cells(gd, "lr=0.0001") == [Cell("gd", "lr=0.0001", 5)]
+    assert comparison.trials(ours) == []
+    assert comparison.cells(ours) == [Cell("ours", "", 4), Cell("ours", "", 5)]
+    assert comparison.trials(gd) == [Cell("gd", "lr=0.001", 4), Cell("gd", "lr=0.0001", 4)]
+    assert comparison.cells(gd, "lr=0.0001") == [Cell("gd", "lr=0.0001", 4), Cell("gd", "lr=0.0001", 5)]
     assert Cell("gd", "lr=0.0001", 5).name == "gd/lr=0.0001/seed5"
+
+
+def test_a_sweep_over_the_beginning_of_the_chain(tmp_path: Path) -> None:
+    comparison = load(tmp_path, seeds=[4, 5], sweep_requests=2)
+    _, gd = comparison.methods
+    trial = Cell("gd", "lr=0.001", 4, trial=True)
+    assert comparison.trials(gd) == [trial, Cell("gd", "lr=0.0001", 4, trial=True)]
+    whole, _ = comparison.cells(gd, "lr=0.001")
+    assert trial.folder == whole.folder and trial.name != whole.name and trial.title == "gd lr=0.001 seed 4 trial"
 
 
 def test_settings_of_a_cell(tmp_path: Path) -> None:
@@ -65,7 +74,7 @@ def test_every_combination_of_a_sweep() -> None:
 
 def test_seeds_of_its_own(tmp_path: Path) -> None:
     comparison = load(tmp_path, methods=[{"label": "a", "method": "task_vector", "seeds": [9]}])
-    assert comparison.first_cells(comparison.methods[0]) == [Cell("a", "", 9)]
+    assert comparison.cells(comparison.methods[0]) == [Cell("a", "", 9)]
 
 
 METHOD = {"label": "a", "method": "task_vector"}
@@ -134,7 +143,10 @@ def test_a_label_that_is_not_there(tmp_path: Path) -> None:
 def test_the_ready_comparison_is_whole() -> None:
     """Every preset of alkn and every registered baseline stands in it, at three rates where it is a baseline."""
     comparison = load_comparison(ROOT / "configs" / "compare_tofu.yaml")
-    settings = [comparison.cell_settings(comparison.first_cells(entry)[0]).method for entry in comparison.methods]
+    settings = [
+        comparison.cell_settings(Cell(entry.label, next(iter(entry.variants())), 0)).method
+        for entry in comparison.methods
+    ]
     assert {chosen.name for chosen in settings} == set(registry.methods)
     presets = registry.methods["alkn"].params.model_json_schema()["properties"]["preset"]["enum"]
     ours = [entry.label for entry, chosen in zip(comparison.methods, settings, strict=True) if chosen.name == "alkn"]

@@ -102,7 +102,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, compared: Place) -> Path:
     for seed in comparison.seeds:
         make_ground(folder, comparison, seed, lambda *_: None)
     for entry in comparison.methods:
-        for cell in comparison.first_cells(entry):
+        for cell in comparison.cells(entry):
             assert run_cell(folder, comparison, cell, lambda *_: None)["state"] == "done"
     return folder
 
@@ -241,12 +241,13 @@ def less_keys(data: bytes) -> Any:
 def test_a_changed_method_and_its_sweep_leave_the_other_alone(
     compared: Place, tmp_path: Path, env: dict[str, str], shared_server: Callable[[], str]
 ) -> None:
-    """``gd`` gets a sweep: two rates on the first seed, then the better one on the second; ``negation`` stays."""
+    """``gd`` gets a sweep: two rates on one request of the first seed, then the better one; ``negation`` stays."""
     place = place_in(tmp_path, env, shared_server)
     for name in ("base", ".alkn", "cells"):
         shutil.copytree(compared.path(f"out/{name}"), place.path(f"out/{name}"), symlinks=True)
     changed = json.loads(json.dumps(COMPARISON))
     changed["methods"][1]["sweep"] = {"lr": [0.0005, 0.002]}
+    changed["sweep_requests"] = 1
     place.path("compare.yaml").write_text(yaml.safe_dump(changed))
     before = digests(place.path("out/cells/negation"))
     found = compare(place)
@@ -254,15 +255,17 @@ def test_a_changed_method_and_its_sweep_leave_the_other_alone(
     assert digests(place.path("out/cells/negation")) == before
     with open(place.path("out/report/sweep.csv"), newline="") as file:
         trials = list(csv.DictReader(file))
-    assert [trial["variant"] for trial in trials] == ["lr=0.0005", "lr=0.002"]
+    assert [(trial["variant"], trial["requests"]) for trial in trials] == [("lr=0.0005", "1"), ("lr=0.002", "1")]
     (chosen,) = [trial["variant"] for trial in trials if trial["chosen"] == "True"]
     best = max(trials, key=lambda t: (t["targets reached"] == t["requests"], float(t["never/customers"])))
     assert chosen == best["variant"]
-    made = {
-        path.parent.relative_to(place.path("out/cells/gd")).as_posix()
-        for path in place.path("out/cells/gd").rglob("cell.json")
-    }
-    assert made == {"seed0", "seed1", "lr=0.0005/seed0", "lr=0.002/seed0", f"{chosen}/seed1"}
+
+    def made(name: str) -> set[str]:
+        root = place.path("out/cells/gd")
+        return {path.parent.relative_to(root).as_posix() for path in root.rglob(name)}
+
+    assert made("trial.json") == {"lr=0.0005/seed0", "lr=0.002/seed0"}
+    assert made("cell.json") == {"seed0", "seed1", f"{chosen}/seed0", f"{chosen}/seed1"}
     (row,) = [row for row in found["rows"] if row["method"] == "gd"]
     assert (row["variant"], row["seeds"]) == (chosen, "0 1")
 
