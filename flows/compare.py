@@ -20,7 +20,7 @@ from alkn.compare.results import CellResult, choose, collect, is_complete, read_
 from alkn.errors import ChainBusy
 from alkn.files import write_bytes
 from alkn.project import Project
-from tasks.compare import log_cell, make_base, make_cell, report
+from tasks.compare import log_cell, make_base, make_cell, report, stopped_with_the_flow
 from tasks.comparison_progress import cell_bars
 
 FLOW = "compare"
@@ -63,13 +63,13 @@ def make_cells(folder: str, config: str, comparison: Comparison, entries: Sequen
         Cell -> why it could not be made.
     """
     work = Work(folder, config, comparison)
-    # Before any cell: one that waits for its base takes a place.
-    for seed in dict.fromkeys(seed for entry in entries for seed in comparison.seeds_of(entry)):
-        work.base(seed)
-    # Sweeps first: others wait for what they choose.
-    trials = {entry.label: [work.start(cell) for cell in comparison.trials(entry)] for entry in entries}
-    cells = [work.start(cell) for entry in entries if not entry.sweep for cell in comparison.cells(entry)]
-    with cell_bars(Path(folder)):
+    with cell_bars(Path(folder)), stopped_with_the_flow():
+        # Before any cell: one that waits for its base takes a place.
+        for seed in dict.fromkeys(seed for entry in entries for seed in comparison.seeds_of(entry)):
+            work.base(seed)
+        # Sweeps first: others wait for what they choose.
+        trials = {entry.label: [work.start(cell) for cell in comparison.trials(entry)] for entry in entries}
+        cells = [work.start(cell) for entry in entries if not entry.sweep for cell in comparison.cells(entry)]
         for entry in entries:
             results = work.finish(trials[entry.label])
             over = [result for result in results if result is not None]

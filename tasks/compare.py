@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,26 @@ from alkn.compare.cell import project_of, state_file
 from alkn.compare.config import Cell, Comparison
 from alkn.compare.report import write_report
 from alkn.compare.results import CellResult, Results, StepResult, collect, read_cell
-from alkn.compare.worker import SAID, job_of
+from alkn.compare.worker import EVERY_S, SAID, job_of
 from alkn.files import digest_of, digest_of_value, read_json
 from tasks.tracking import ComparisonTracker, TrackingUnavailable
 
 logger = logging.getLogger(__name__)
+STOPPED = "stopped"
+_stopping = threading.Event()
+"""Set while a flow of this process is ending before its cells are."""
+
+
+@contextlib.contextmanager
+def stopped_with_the_flow() -> Iterator[None]:
+    """Ends the processes of this process's tasks, and lets none begin, when the block is left by an exception."""
+    _stopping.clear()
+    try:
+        yield
+    except BaseException:
+        # A task runner waits for its threads, and they for their processes: hours.
+        _stopping.set()
+        raise
 
 
 @task(cache_policy=NO_CACHE)
@@ -110,6 +126,8 @@ def _numbers(folder: Path, result: CellResult) -> dict[str, Any]:
 
 def _work(folder: Path, config: Path, job: str) -> str:
     """Run a worker and wait; its words go to a log file of the job."""
+    if _stopping.is_set():
+        return STOPPED
     log = folder / "logs" / f"{job.replace('/', '~')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "alkn.compare.worker", str(folder), str(config), job]
@@ -118,17 +136,27 @@ def _work(folder: Path, config: Path, job: str) -> str:
             command, stdin=subprocess.PIPE, stdout=words, stderr=words, env={**os.environ, **environment}
         )
         try:
-            status = process.wait()
+            status = _wait(process)
         finally:
             process.kill()
             if process.stdin is not None:
                 process.stdin.close()
+    if status is None:
+        return STOPPED
     if status == 0:
         return ""
     last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
     _, sign, words_of_ours = "".join(last).partition(SAID)
     how = words_of_ours if sign else f"signal {-status}" if status < 0 else f"status {status}"
     return f"{how} (see {log.relative_to(folder)})"
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """Its exit status, or ``None`` if it shall not be waited for any longer."""
+    while not _stopping.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=EVERY_S)
+    return None
 
 
 @contextlib.contextmanager

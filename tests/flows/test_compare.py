@@ -238,6 +238,26 @@ def less_keys(data: bytes) -> Any:
     return {name: value for name, value in values.items() if name != "inputs"} if isinstance(values, dict) else values
 
 
+def test_a_comparison_that_is_asked_to_end_does(
+    compared: Place, tmp_path: Path, env: dict[str, str], shared_server: Callable[[], str]
+) -> None:
+    """SIGTERM ends the cell at work, and none of those that wait begins; the next run goes on."""
+    place = place_in(tmp_path, env, shared_server)
+    for name in ("base", ".alkn"):
+        shutil.copytree(compared.path(f"out/{name}"), place.path(f"out/{name}"), symlinks=True)
+    endless = json.loads(json.dumps(COMPARISON))
+    endless["methods"][0]["method"]["epochs"] = 100_000
+    place.path("compare.yaml").write_text(yaml.safe_dump(endless))
+    run = place.start("alkn", "compare", "compare.yaml", "--folder", "out", "--workers", "1")
+    wait_for(lambda: list(place.path("out").glob(".progress/*.json")), "the first cell at work", alive=run)
+    os.kill(run.pid, signal.SIGTERM)
+    wait_for(lambda: run.poll() is not None, "the end of the comparison")
+    assert run.returncode != 0
+    wait_for(lambda: not workers(place.root), "the end of the workers")
+    assert len(list(place.path("out/logs").iterdir())) == 1, "another cell was begun"
+    assert not list(place.path("out").rglob("cell.json"))
+
+
 def test_a_changed_method_and_its_sweep_leave_the_other_alone(
     compared: Place, tmp_path: Path, env: dict[str, str], shared_server: Callable[[], str]
 ) -> None:
