@@ -24,10 +24,11 @@ from alkn.core.scoring import Progress
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError, TrainingDiverged
 from alkn.evaluation import evaluate_model
-from alkn.files import digest_of, digest_of_value, read_json, read_jsonl, remove, write_json, write_yaml
+from alkn.files import digest_of, digest_of_value, read_json, remove, write_json, write_yaml
 from alkn.manifest import code_version, outputs_hold, read_manifest
 from alkn.models import load_model
 from alkn.project import Project, Step
+from alkn.record_sets import earlier_records
 from alkn.records import Plan
 from alkn.requests.ledger import BASE, Ledger, save_ledger
 from alkn.runtime import Runtime
@@ -233,12 +234,16 @@ def _unlearning_seconds(step: Step, seconds: float) -> dict[str, float]:
 
 
 def _measure_ahead(project: Project, plan: Plan, ahead: list[str], progress: Progress) -> None:
-    """P of the requests still to come, under the step's model: what a step takes away unasked."""
+    """P of the requests still to come, under the step's model: what a step takes away unasked.
+
+    On as many of their records as of those that came before.
+    """
     step = project.step(plan.request)
     path, remote = step.model, plan.settings.base.trust_remote_code
     encoder = Encoder.of(path, plan.settings)
     model = load_model(path, device=Runtime(plan.settings.run).device, trust_remote_code=remote)
-    sets = [encoder.record_set(name, read_jsonl(project.request(name))) for name in ahead]
+    size = plan.settings.evaluation.earlier_records
+    sets = [encoder.record_set(name, earlier_records(project, name, size).records) for name in ahead]
     metrics = evaluate_model(model, sets, encoder, AHEAD, eos=encoder.tokenizer.eos_token_id, progress=progress)
     write_json(ahead_file(step), metrics["sets"])
 

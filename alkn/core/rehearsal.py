@@ -96,6 +96,7 @@ class Keeper:
         batch_size: records a step of a repair.
         lr: rate at the beginning of a repair; it falls linearly to zero.
         retain_batch, rehearsal_batch: records of each kind in the keeping loss of a step.
+        temperature: at which θ_{t-1} is distilled, see :func:`alkn.core.training.distillation_loss`.
 
     Attributes:
         pool: the retain records, then the written ones.
@@ -114,6 +115,7 @@ class Keeper:
         lr: float = 0.0,
         retain_batch: int = 0,
         rehearsal_batch: int = 0,
+        temperature: float = 1.0,
     ) -> None:
         self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
@@ -129,7 +131,7 @@ class Keeper:
                 progress=task.progress,
             )
         self.pool = [*task.retain, *self._written]
-        self._teacher = task.teacher() if steps or rehearsal else None
+        self._distillation = distillation_loss(task.teacher(), temperature=temperature) if steps or rehearsal else None
         self.passes = len(self._written)
 
     def gradient(self, number: int) -> dict[str, Tensor]:
@@ -143,14 +145,14 @@ class Keeper:
 
     def repair(self, number: int) -> None:
         """Small steps back to what θ_{t-1} says to these records: KL(θ_{t-1} ‖ θ)."""
-        if self._teacher is None or not self._steps:
+        if self._distillation is None or not self._steps:
             return
         drawn = self._draw(self._steps * self._batch_size, self._task.generator("repair", number))
         fine_tune(
             self._task.model,
             [self.pool[i] for i in drawn],
             Hyperparameters(lr=self._lr, epochs=1, batch_size=self._batch_size, clip=1.0, window=1),
-            loss=distillation_loss(self._teacher),
+            loss=self._distillation,
             generator=self._task.generator("repair order", number),
             scheduler=lambda optimizer: linear_warmup(optimizer, warmup=0, total=self._steps),
             autocast=self._task.autocast,
@@ -172,10 +174,10 @@ class Keeper:
             picks = [int(i) for i in torch.randint(own, (self._retain_batch,), generator=generator)]
             total = total + answer_loss()(model, collate(self.pool, picks, device=device))
             self.passes += self._retain_batch
-        if self._written and self._teacher is not None:
+        if self._written and self._distillation is not None:
             count = self._rehearsal_batch
             picks = [own + int(i) for i in torch.randint(len(self._written), (count,), generator=generator)]
-            total = total + distillation_loss(self._teacher)(model, collate(self.pool, picks, device=device))
+            total = total + self._distillation(model, collate(self.pool, picks, device=device))
             self.passes += count
         return total
 

@@ -154,20 +154,22 @@ def _log_odds(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, target).squeeze(1) - others
 
 
-def distillation_loss(teacher: nn.Module) -> Loss:
-    """Mean over answer tokens of KL(teacher ‖ model), in nats: stay what the teacher was on these records.
+def distillation_loss(teacher: nn.Module, *, temperature: float = 1.0) -> Loss:
+    """Mean over answer tokens of T² · KL(teacher ‖ model), in nats: stay what the teacher was on these records.
 
     Args:
         teacher: the same kind of model, on the same device; it is not trained.
+        temperature: T, by which the logits of both are divided. Above 1, the tokens that the teacher does not
+            choose count for more.
 
     Source: Hinton et al. 2015; as a term against forgetting, Li and Hoiem 2016.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            wanted = torch.log_softmax(answer_logits(teacher, batch).float(), -1)
-        now = torch.log_softmax(answer_logits(model, batch).float(), -1)
-        return nn.functional.kl_div(now, wanted, reduction="batchmean", log_target=True)
+            wanted = torch.log_softmax(answer_logits(teacher, batch).float() / temperature, -1)
+        now = torch.log_softmax(answer_logits(model, batch).float() / temperature, -1)
+        return temperature**2 * nn.functional.kl_div(now, wanted, reduction="batchmean", log_target=True)
 
     return loss
 

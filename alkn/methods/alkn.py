@@ -60,7 +60,10 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         )
     keep = None
     if p.retain_batch or p.rehearsal:
-        keep = Keeper(task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch)
+        keep = Keeper(
+            task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch,
+            temperature=p.rehearsal_temperature,
+        )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
     expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
     resist = None
@@ -124,6 +127,7 @@ def _keeper(task: Task, p: AlknParams) -> Keeper:
         steps=p.repair_steps,
         batch_size=p.repair_batch,
         lr=p.repair_lr,
+        temperature=p.rehearsal_temperature,
     )
 
 

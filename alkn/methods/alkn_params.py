@@ -82,7 +82,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
         ),
         ("once",),
     ),
-    **dict.fromkeys(("steps", "rehearsal"), ("interleaved", "rounds")),
+    **dict.fromkeys(("steps", "rehearsal", "rehearsal_temperature"), ("interleaved", "rounds")),
     **dict.fromkeys(
         (
             "epochs", "soft_labels", "label_form", "criterion", "sign", "strength",
@@ -146,6 +146,7 @@ class AlknParams(DescentParams):
             ``cross_entropy``. Weight 0: there is none.
         rehearsal: prompts that θ_{t-1} answers in its own words, to be kept like the retain records; 0: none.
         rehearsal_batch: written records in a step of ``interleaved``, beside ``retain_batch`` retain records.
+        rehearsal_temperature: T at which θ_{t-1} is distilled, in these steps and in a repair.
         repair_steps, repair_lr, repair_batch: rounds: after each negation, steps that distil θ_{t-1} on
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
@@ -196,6 +197,7 @@ class AlknParams(DescentParams):
     resist_share: float = Field(0.1, gt=0, lt=1)
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(20, ge=1)
+    rehearsal_temperature: float = Field(1.0, gt=0)
     retain_batch: int = Field(12, ge=0)
     repair_steps: int = Field(0, ge=0)
     repair_lr: float = Field(2e-4, gt=0)
