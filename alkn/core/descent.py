@@ -132,7 +132,7 @@ def descend(
         on_measure: called as (step, what was measured) after each measurement of the forget set.
         rest: push no further than asked for: while the last measurement met the target, the forget loss is left
             out of the steps, and before that each record is left out that met it by itself. The others weigh as
-            much as they would beside it. The batches are so small that none is pushed twice between measurements.
+            much as they would beside it. An epoch takes at least the steps between two measurements.
         resist: an adversary who relearns, and the loss that is descended at his weights in every step;
             ``None``: nobody. He is there to the last step, whatever rests.
 
@@ -161,7 +161,7 @@ def descend(
             task.model, trained, task.forget, resist, batch_size=pace.batch_size,
             generator=task.generator("adversary"), autocast=task.autocast,
         )  # fmt: skip
-    # Pushed twice before it is measured again, a record of a small request would end far below the target.
+    # Pushed again and again before it is measured, a record of a small request would end far below the target.
     portion = min(pace.batch_size, -(-len(task.forget) // pace.check_every)) if rest else pace.batch_size
     batches = endless_batches(len(task.forget), portion, task.generator("order"))
     device = trained[0].device
