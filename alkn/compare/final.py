@@ -74,7 +74,7 @@ def measure_final(
     runtime, remote = Runtime(settings.run), settings.base.trust_remote_code
     encoder = Encoder.of(last.model, settings)
     records = {name: request_records(project, name) for name in requests}
-    made = make_references(ground, settings, comparison, requests)
+    made = make_references(ground, settings, comparison, requests, progress)
     model = load_model(last.model, device=runtime.device, trust_remote_code=remote)
     report = final_report(
         model,
