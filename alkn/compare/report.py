@@ -153,8 +153,8 @@ def _sweep_table(results: Results) -> list[str]:
     if not results.trials:
         return []
     names = ["p", "em", f"never/{results.domain}", "passes"]
-    requests = sorted({len(trial.result.chain) for trial in results.trials})
-    lines = [f"## Sweeps, on the first seed and the first {' or '.join(map(str, requests))} requests", ""]
+    longest = max(len(trial.result.chain) for trial in results.trials)
+    lines = [f"## Sweeps, on the first seed and the first {'request' if longest == 1 else f'{longest} requests'}", ""]
     lines += _head(["method", "values", "targets reached", *map(_heading, names), "chosen"])
     for trial in results.trials:
         numbers = trial.result.quantities()
