@@ -28,6 +28,8 @@ def prefect_api(root: Path) -> Iterator[None]:
     ``PREFECT_API_URL`` in the environment wins. Prefect's own logging stays quiet: errors are
     printed once, by the command line.
     """
+    # By default SIGTERM ends Python at once, and Prefect's own server would stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "60")
     url = project_api(root)
