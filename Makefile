@@ -24,11 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install  ## Unlearn the three pending requests of the embedded benchmark and show the chain
 	@PATH="$(CURDIR)/$(BIN):$$PATH" alkn run
 
-test: install  ## Lint, types, unit, flow and end-to-end tests
+test: install  ## Lint, types, unit, flow and end-to-end tests, on every core
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: install  ## Lint and types only
 	$(BIN)/ruff check --fix .

@@ -23,6 +23,7 @@ from alkn.evaluation import measure_model
 from alkn.models import load_model
 from alkn.project import Project
 from alkn.record_sets import known_records
+from alkn.runtime import repeatable_arithmetic
 from alkn.settings import Settings
 from flows.bench_profile import Places, shares
 
@@ -146,8 +147,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.use_deterministic_algorithms(True)
-    torch.set_flush_denormal(True)
+    repeatable_arithmetic()
     list(registry.metrics)  # imports every metric before anything is timed
     project = Project(arguments.folder.resolve())
     bench = Bench(project, arguments.model or project.base.model, forget=arguments.forget, settings=Settings())

@@ -28,6 +28,7 @@ from alkn.core.unlearning import Outcome, StopRule, Task
 from alkn.methods.alkn import alkn
 from alkn.methods.alkn_params import AlknParams, empty_m, label_weights, move_m, stored_gradient
 from alkn.models import Architecture, new_model
+from alkn.runtime import repeatable_arithmetic
 from flows.bench_memory import peak_of
 from flows.bench_profile import INTERLEAVED, ROUNDS, shares
 from flows.bench_reference import padded_job
@@ -264,8 +265,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="turns of each timed thing [2]")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.use_deterministic_algorithms(True)
-    torch.set_flush_denormal(True)
+    repeatable_arithmetic()
     parts: dict[str, Callable[[], None]] = {
         "step": lambda: bench_step(arguments.batch, 2, arguments.repeats),
         "loop": lambda: bench_loop(arguments.repeats, arguments.epochs),

@@ -1,0 +1,103 @@
+"""ALKN interleaved: it forgets, keeps, rests, and holds off an adversary."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from alkn_cases import NEVER, STOP, interleaved_of, p_of, task_of
+
+from alkn.core.scoring import Scores, score
+from alkn.core.unlearning import Forgetting, Task
+from alkn.errors import InputError
+from alkn.methods.alkn import alkn
+from alkn.methods.alkn_params import AlknParams
+
+
+def test_interleaved_meets_the_target_and_keeps_the_retain_set(memorised: Any, full_forward: Any) -> None:
+    """Both numbers, by full forwards; what it says of the last step is what the model is."""
+    task = task_of(memorised)
+    outcome = alkn(task, interleaved_of())
+    with torch.no_grad():
+        answers = [(e, *full_forward(task.model, e)) for e in memorised.forget]
+    assert outcome.reached
+    assert np.mean([math.exp(-nll.mean()) for _, nll, _ in answers]) <= STOP.p
+    hits = [(logits.argmax(-1) == e.tokens[e.answer_start :]).float().mean() for e, _, logits in answers]
+    assert np.mean(hits) <= STOP.exact_memorization
+    assert p_of(task.model, memorised.retain) > 0.9
+    last = outcome.history[-1]
+    now = Forgetting.of(score(task.model, memorised.forget))
+    assert (last["p"], last["exact_memorization"]) == (now.p, now.exact_memorization)
+    assert [row["round"] for row in outcome.history] == list(range(0, int(last["round"]) + 1, 5))
+    assert last["round"] >= 60 and outcome.state == {}
+
+
+def test_interleaved_reports_a_target_out_of_reach(memorised: Any) -> None:
+    """All steps are taken; each passes two of six forget records, six retain and six written ones, all finite."""
+    task = task_of(memorised, stop=NEVER)
+    outcome = alkn(task, interleaved_of(steps=20))
+    assert not outcome.reached and [row["round"] for row in outcome.history] == [0, 5, 10, 15, 20]
+    assert 0 < outcome.passes - 20 * (2 + 6 + 6) <= 12
+    assert all(bool(torch.isfinite(w).all()) for w in task.weights().values())
+
+
+def test_interleaved_measures_the_model_that_it_leaves(memorised: Any) -> None:
+    """Where the last step is no multiple of ``check_every``: both the verdict and the last row are of that model."""
+    task = task_of(memorised, stop=NEVER)
+    outcome = alkn(task, interleaved_of(steps=17))
+    assert outcome.history[-1]["p"] == Forgetting.of(score(task.model, memorised.forget)).p
+
+
+def test_interleaved_without_rehearsal(memorised: Any) -> None:
+    """Then nothing is written, and only retain records keep."""
+    task = task_of(memorised, stop=NEVER)
+    assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (2 + 6)
+
+
+def test_interleaved_without_retain_records(memorised: Any) -> None:
+    """No-retain mode: nothing is kept and nothing is drawn on; asking for either names the keys."""
+    task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
+    outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0))
+    pushed = [row for row in outcome.history[:-1] if not STOP.met(Forgetting(row["p"], row["exact_memorization"]))]
+    assert outcome.reached and 0 < outcome.passes <= 2 * 5 * len(pushed), "two a step, less those that rest"
+    with pytest.raises(InputError, match="method.retain_batch, method.rehearsal: there is no retain record"):
+        alkn(Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0), interleaved_of())
+
+
+def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> None:
+    """Where the background expects every token, the records stay as likely as that; where none, all are gone."""
+    likely: dict[float, Scores] = {}
+    level: dict[str, Any] = {"forget_loss": "cross_entropy"}
+    for shift in (3.0, -16.0):
+        task = task_of(memorised, stop=NEVER)
+        alkn(
+            task,
+            interleaved_of(steps=60, background_sharpness=1e-3, background_shift=shift, background_step=0, **level),
+        )
+        likely[shift] = score(task.model, memorised.forget)
+    assert float(likely[-16.0].probability.mean()) < 1e-3
+    guessed = torch.cat(likely[3.0].token_probs).median()
+    assert abs(float(torch.logit(guessed)) - 3.0) < 1.5
+
+
+def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
+    """Without keeping parts: six forget records a step in batches of 8, one that he has, five that he has not."""
+    plain, held = (
+        alkn(
+            task_of(memorised, stop=NEVER),
+            AlknParams(preset="resistant", steps=7, rehearsal=0, retain_batch=0, resist_weight=weight),
+        )
+        for weight in (0.0, 0.3)
+    )
+    assert (plain.passes, held.passes) == (7 * 8, 7 * (8 + 1 + 5))
+    assert plain.history[-1] != held.history[-1]
+
+
+def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
+    """A background that expects what may not be known: lowered at each measurement, it ends forgotten; else not."""
+    high = {"forget_loss": "cross_entropy", "background_sharpness": 1e-3, "background_shift": 3.0, "steps": 120}
+    reached = {by: alkn(task_of(memorised), interleaved_of(**high, background_step=by)).reached for by in (0.0, 0.7)}
+    assert reached == {0.0: False, 0.7: True}

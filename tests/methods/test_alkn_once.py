@@ -1,0 +1,213 @@
+"""ALKN in a single negation: one step by hand, masks and rates, the sign, the calibrated scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from alkn_cases import NEVER, STOP, changes, p_of, task_of
+from scipy.special import expit
+from torch import Tensor, nn
+
+from alkn.core.calibration import calibrated_scale, smallest_scale
+from alkn.core.scoring import score
+from alkn.core.unlearning import Forgetting, StopRule
+from alkn.methods.alkn import alkn
+from alkn.methods.alkn_once import MaskedTraining
+from alkn.methods.alkn_params import AlknParams
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, np.ndarray]:
+    names, params = zip(*model.named_parameters(), strict=True)
+    return {n: g.numpy() for n, g in zip(names, torch.autograd.grad(loss, params), strict=True)}
+
+
+@pytest.mark.parametrize("sign", ["derived", "paper"])
+def test_one_masked_step_by_numpy(sign: str, memorised: Any, full_forward: Any) -> None:
+    """θ_t after one step: soft labels, clip, m, the top 30 % a tensor, AdamW's first step, λ = 2."""
+    lr, k, share, scale = 1e-3, 5.0, 0.3, 2.0
+    model = memorised.model()
+    answers = [full_forward(model, e)[0] for e in memorised.forget]
+    weighted = []
+    for nll in answers:
+        pi = np.exp(-nll.detach().numpy())
+        weighted.append(nll * torch.tensor(np.minimum(1, expit(k * (pi - 0.8)) - expit(-0.8 * k))))
+    g_u = gradients(model, torch.cat(weighted).sum() / sum(nll.numel() for nll in answers))
+    g_r = gradients(model, torch.stack([full_forward(model, e)[0].mean() for e in memorised.retain]).mean())
+    norm = math.sqrt(sum(float((g.astype(np.float64) ** 2).sum()) for g in g_u.values()))
+    assert norm > 1e-3, "the clip must do something"
+
+    task = task_of(memorised, stop=NEVER)
+    params = AlknParams.model_validate(
+        {
+            "preset": "reference", "sign": sign, "lr": lr, "epochs": 1, "warmup_epochs": 0, "clip": 1e-3,
+            "weight_decay": 0.0, "label_scale": k, "retain_gradient": "full", "share": share,
+            "schedule": "constant", "estimator": "exact", "overlap": "none", "protection": "none", "scale": scale,
+        }
+    )  # fmt: skip
+    outcome = alkn(task, params)
+
+    direction = -1 if sign == "derived" else 1
+    wrong = total = 0
+    for name, change in changes(task, memorised).items():
+        g = g_u[name] * (1e-3 / norm)
+        m = direction * g * g_r[name]
+        eta = np.sort(m.reshape(-1))[::-1][max(1, round(share * m.size)) - 1]
+        g = np.where(m >= eta, g, 0)
+        expected = scale * lr * g / (np.abs(g) + 1e-8)
+        wrong += int((np.abs(change.numpy() - expected) > 0.02 * scale * lr).sum())
+        total += m.size
+    assert total == sum(p.numel() for p in model.parameters())
+    # Coordinates at the threshold or with a gradient near AdamW's ε depend on the last bit of a sum.
+    assert wrong < 0.002 * total
+    assert outcome.passes == 6 + 12
+
+
+def test_paper_moves_everything_first_and_masks_afterwards(memorised: Any, full_forward: Any) -> None:
+    """Algorithm 1 takes its first step unmasked, then m = +λ · G_u · G_r and η cuts the whole model at 30 %."""
+    model = memorised.model()
+    answers = [full_forward(model, e)[0] for e in memorised.forget]
+    weighted = [nll * torch.tensor(expit(10 * (np.exp(-nll.detach().numpy()) - 1))) for nll in answers]
+    g_u = gradients(model, torch.cat(weighted).sum() / sum(nll.numel() for nll in answers))
+    g_r = gradients(model, torch.stack([full_forward(model, e)[0].mean() for e in memorised.retain]).mean())
+    m = {name: 0.8 * g_u[name] * g_r[name] for name in g_u}
+    flat = np.sort(np.concatenate([t.reshape(-1) for t in m.values()]))[::-1]
+    high, low = (flat[round(part * flat.size) - 1] for part in (0.15, 0.85))
+    eta = high + (low - high) * (0.3 - 0.15) / 0.7
+
+    task = task_of(memorised, stop=NEVER)
+    outcome = alkn(task, AlknParams(preset="paper", lr=1e-3, epochs=1, weight_decay=0.0))
+    for name, change in changes(task, memorised).items():
+        assert bool((change != 0)[torch.tensor(np.abs(g_u[name]) > 1e-6)].all()), name
+    differ = sum(int((outcome.state[f"mask.{name}"].numpy() != (t >= eta)).sum()) for name, t in m.items())
+    assert differ < 0.002 * flat.size
+    assert 0.05 < np.mean(flat >= eta) < 0.5
+
+
+@pytest.mark.parametrize(("preset", "share"), [("reference", 0.2), ("derived", 0.05)])
+def test_a_single_negation_moves_only_what_the_mask_allows(preset: str, share: float, memorised: Any) -> None:
+    """One step without weight decay: at most the share of each tensor moves, and something does."""
+    task = task_of(memorised, stop=NEVER)
+    params = {"lr": 1e-3, "epochs": 1, "warmup_epochs": 0, "weight_decay": 0.0, "share": share, "scale": 1.0}
+    alkn(task, AlknParams.model_validate({"preset": preset, **params}))
+    for name, change in changes(task, memorised).items():
+        assert 0 < int(change.count_nonzero()) <= max(1, round(share * change.numel())), name
+
+
+def test_protected_coordinates_move_a_tenth(memorised: Any) -> None:
+    """``paper``, one step: on M the change is 0.1 of what it is without M, elsewhere the same."""
+    free, bound = task_of(memorised, stop=NEVER), task_of(memorised, stop=NEVER)
+    generator = torch.Generator().manual_seed(0)
+    old = {n: torch.rand(w.shape, generator=generator) < 0.5 for n, w in bound.weights().items()}
+    bound.state = {f"mask.{name}": mask for name, mask in old.items()}
+    params = AlknParams(preset="paper", lr=1e-3, epochs=1)
+    alkn(free, params)
+    alkn(bound, params)
+    whole, part = changes(free, memorised), changes(bound, memorised)
+    assert any(bool(t.any()) for t in whole.values())
+    for name, mask in old.items():
+        torch.testing.assert_close(part[name], whole[name] * torch.where(mask, 0.1, 1.0), rtol=0.02, atol=1e-6)
+
+
+def test_densest_half_of_the_tensors_gets_the_lower_rate(memorised: Any) -> None:
+    """``reference``: M fills ever more of the 20 tensors, so the last 10 are protected; without M nothing is."""
+    task = task_of(memorised)
+    weights = task.weights()
+    for number, (name, w) in enumerate(weights.items()):
+        mask = torch.zeros(w.numel(), dtype=torch.bool)
+        mask[: w.numel() * (number + 1) // 32] = True
+        task.state[f"mask.{name}"] = mask.reshape(w.shape)
+    params = AlknParams(preset="reference", lr=1e-3)
+    slow, fast = MaskedTraining(task, params).groups()  # type: ignore[misc]
+    assert (slow["lr"], fast["lr"]) == (pytest.approx(1e-4), 1e-3)
+    named = {id(p): n for n, p in task.model.named_parameters()}
+    assert len(weights) == 20
+    assert {named[id(p)] for p in slow["params"]} == set(list(weights)[10:])  # type: ignore[attr-defined]
+    assert {named[id(p)] for p in fast["params"]} == set(list(weights)[:10])  # type: ignore[attr-defined]
+    task.state = {}
+    assert MaskedTraining(task, params).groups() is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("reference", [0.8] * 2 + [0.72] * 2 + [0.64] * 2 + [0.56] * 2 + [0.48] * 2),
+        ("paper", [0.93, 0.86, 0.79, 0.72, 0.65, 0.58, 0.51, 0.44, 0.37, 0.3]),
+    ],
+)
+def test_share_schedules_by_hand(preset: str, expected: list[float], memorised: Any) -> None:
+    """Ten steps: ``reference`` from 0.8 to 0.48 by fifths, ``paper`` down to 0.3."""
+    training = MaskedTraining(task_of(memorised), AlknParams(preset=preset, epochs=10))  # type: ignore[arg-type]
+    assert training.steps == 10
+    assert [training._share(step) for step in range(10)] == pytest.approx(expected)
+
+
+def test_derived_keeps_more_than_the_printed_sign(memorised: Any) -> None:
+    """Both calibrated to the same forgetting, with G_r of all retain records; only the sign of m differs."""
+    kept = {}
+    for sign in ("derived", "paper"):
+        task = task_of(memorised, stop=StopRule(p=0.1, exact_memorization=1.0))
+        params = {"share": 0.3, "schedule": "constant", "retain_gradient": "full", "lr": 2e-3, "sign": sign}
+        assert alkn(task, AlknParams.model_validate({"preset": "derived"} | params)).reached
+        assert 0.05 < p_of(task.model, memorised.forget) <= 0.1
+        kept[sign] = p_of(task.model, memorised.retain)
+    assert kept["derived"] > 3 * kept["paper"]
+
+
+@pytest.mark.parametrize("stop", [STOP, StopRule(p=0.9, exact_memorization=1.0)])
+def test_calibrated_scale_is_the_smallest(stop: StopRule, memorised: Any) -> None:
+    """It meets the rule, and the end of its last interval below does not."""
+    task = task_of(memorised, stop=stop)
+    outcome = alkn(task, AlknParams(preset="derived", lr=2e-3))
+    scale = outcome.history[-1]["scale"]
+    assert outcome.reached
+    tau = {name: -c / scale for name, c in changes(task, memorised).items()}
+    high = max(1.0, 2 ** math.ceil(math.log2(scale)))
+    width = (high / 2 if high > 1 else 1.0) / 2**7
+    theta = {n: p.detach().clone() for n, p in memorised.trained.named_parameters()}
+    for less, met in ((scale, True), (scale - width, False)):
+        task.set_weights(theta, tau, less)
+        assert stop.met(Forgetting.of(score(task.model, memorised.forget))) is met
+
+
+def test_calibrated_scale_ends_where_nothing_helps(memorised: Any) -> None:
+    """A vector of zeros forgets nothing at any scale: the largest is returned and the rule is not met."""
+    task = task_of(memorised)
+    theta = task.copy_weights()
+    zero = {name: torch.zeros_like(w) for name, w in theta.items()}
+    assert calibrated_scale(task, theta, zero, largest=8.0) == 8.0
+    assert all(torch.equal(w, theta[name]) for name, w in task.weights().items())
+
+
+def test_smallest_scale_by_hand() -> None:
+    """At 0.3 and three halvings of (0, 1]: 0.5 meets, 0.25 does not, 0.375 meets."""
+    asked: list[float] = []
+
+    def meets(limit: float) -> Callable[[float], bool]:
+        def ask(scale: float) -> bool:
+            asked.append(scale)
+            return scale >= limit
+
+        return ask
+
+    assert smallest_scale(meets(0.3), high=1.0, bisections=3) == 0.375
+    assert asked == [1.0, 0.5, 0.25, 0.375]
+    assert smallest_scale(meets(0.3), high=1.0, bisections=0) == 1.0
+    assert smallest_scale(meets(1.1), high=1.0, bisections=3) is None
+    assert smallest_scale(meets(5.0), high=8.0, low=4.0, bisections=2) == 5.0
+    assert smallest_scale(meets(0.0), high=1.0, bisections=4) == 1 / 16
+
+
+@pytest.mark.parametrize("preset", ["reference", "paper"])
+def test_presets_with_a_fixed_scale_say_whether_they_reached_the_target(preset: str, memorised: Any) -> None:
+    """With their own λ and a tiny rate they do not; P falls all the same."""
+    task = task_of(memorised)
+    outcome = alkn(task, AlknParams.model_validate({"preset": preset, "lr": 2e-3}))
+    assert not outcome.reached and len(outcome.history) == 2
+    assert outcome.history[1]["scale"] == {"reference": 1.0, "paper": 0.8}[preset]
+    assert outcome.history[1]["p"] < outcome.history[0]["p"]
+    assert outcome.passes == 5 * 6 + {"reference": 5 * 6, "paper": 12}[preset]
