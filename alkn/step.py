@@ -27,7 +27,7 @@ from alkn.core.distributed import is_main, joined, local, refuse_split, wait
 from alkn.core.scoring import Example, Progress, no_progress
 from alkn.core.sharding import split_
 from alkn.core.task_vector import TaskVector
-from alkn.core.unlearning import Outcome, StopRule, Task, seed_of
+from alkn.core.unlearning import Outcome, StopRule, Task, Teacher, seed_of
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
 from alkn.evaluation import headline, measure_model
@@ -45,7 +45,7 @@ from alkn.lora import Adapters
 from alkn.manifest import check_step, outputs_hold, read_manifest, write_manifest
 from alkn.models import load_model, save_model
 from alkn.project import Project, Step
-from alkn.record_sets import earlier_records, known_records, load_split
+from alkn.record_sets import by_domain, earlier_records, known_records, load_split
 from alkn.records import Plan, Sealed, Unlearned
 from alkn.reference import open_reference
 from alkn.refusals import REFUSALS
@@ -100,10 +100,18 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     remote = plan.settings.base.trust_remote_code
     encoder = Encoder.of(parent.model, plan.settings)
     model, stored = _trainable(parent, runtime, plan.settings)
+
+    def origin() -> nn.Module:
+        return _trainable(project.base, runtime, plan.settings)[0]
+
+    records = load_split(project, "retain")
+    retain = encoder.record_set("retain", records)
+    domains = {int(record["id"]): domain for domain, group in by_domain(records).items() for record in group}
     task = Task(
         model=model,
         forget=encoder.examples(plan.request, read_jsonl(project.request(plan.request))),
-        retain=encoder.examples("retain", load_split(project, "retain")),
+        retain=retain.examples,
+        retain_domains=[domains[number] for number in retain.ids],
         stop=_scaled(plan.limits, plan.settings.targets.margin),
         seed=seed_of(plan.settings.seed, "step", plan.request),
         state=load_file(parent.state) if parent.state.is_file() else {},
@@ -116,8 +124,11 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     )
     if plan.settings.method.name == "retrain":
         task.rest = _rest(project, plan, encoder)
+    params: Any = plan.settings.method.params
+    if getattr(params, "replay", 0):
+        task.earlier, task.origin = _replayed(project, plan, encoder, teacher=params.teacher), origin
     with _adapted(task, plan.settings):
-        outcome = registry.methods[plan.settings.method.name].call(task, plan.settings.method.params)
+        outcome = registry.methods[plan.settings.method.name].call(task, params)
     # Read again, not kept: a copy of the parent would add to the peak of the training.
     before = load_model(parent.model, trust_remote_code=remote).to(stored)
     model = _whole(model, before) if runtime.split else model.cpu().to(stored)
@@ -380,6 +391,20 @@ def _rest(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
     sets = {"utility": load_split(project, "utility"), **known_records(project)}
     examples = [example for name, records in sets.items() for example in encoder.examples(name, records)]
     return [example for example in examples if tuple(example.tokens.tolist()) not in gone]
+
+
+def _replayed(project: Project, plan: Plan, encoder: Encoder, *, teacher: Teacher) -> list[Example]:
+    """The records of the earlier requests that can still be read, in the order of the chain.
+
+    Raises:
+        InputError: if the base model teaches and some cannot: it would bring back what nobody can push down again.
+    """
+    if plan.attested and teacher == "base":
+        raise InputError(
+            f"method.teacher: 'base' still knows what was erased ({', '.join(plan.attested)}); expected 'parent'"
+        )
+    names = [name for name in plan.earlier if name not in plan.attested]
+    return [example for name in names for example in encoder.examples(name, read_jsonl(project.request(name)))]
 
 
 def _finite(step: Step) -> bool:

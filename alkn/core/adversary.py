@@ -31,7 +31,8 @@ class Resistance:
         weight: factor on that loss.
         lr: his AdamW's constant learning rate.
         steps: steps that he trains before he starts anew from the model, with other records.
-        share: part of the forget records that he has; at least one, and not all.
+        share: part of the forget records that he has; at least one, and not all. Of earlier requests the same part.
+        earlier: factor on the loss on records of earlier requests, beside ``weight``.
     """
 
     loss: Loss
@@ -39,6 +40,7 @@ class Resistance:
     lr: float
     steps: int
     share: float
+    earlier: float = 0.0
 
 
 class Adversary:
@@ -48,8 +50,9 @@ class Adversary:
         model: what is attacked; its trained weights are borrowed and given back in every call.
         trained: the parameters that the loop trains, each with ``requires_grad``.
         forget: the forget records; of a single one he has it and nobody is left to protect.
+        earlier: records of earlier requests; the losses' positions go on through them.
         resistance: what he may do, and what is done about it.
-        batch_size: records of each of the two batches of a step.
+        batch_size: records of each of the batches of a step: his, the others', the others' of earlier requests.
         generator: source of his records and of all batches.
         autocast: context of the forward passes.
 
@@ -68,16 +71,19 @@ class Adversary:
         forget: Sequence[Example],
         resistance: Resistance,
         *,
+        earlier: Sequence[Example] = (),
         batch_size: int,
         generator: Generator,
         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._model, self._trained, self._forget = model, list(trained), forget
+        self._model, self._trained, self._records = model, list(trained), [*forget, *earlier]
+        self._requests = [range(len(forget)), range(len(forget), len(self._records))]
+        self._weights_of = [resistance.weight, resistance.weight * resistance.earlier]
         self._resistance, self._batch_size = resistance, batch_size
         self._generator, self._autocast = generator, autocast
         self._weights = [nn.Parameter(local(p.detach()).clone()) for p in self._trained]
         self._his: list[int] = []
-        self._others: list[int] = []
+        self._others: list[list[int]] = []
         self.passes = 0
 
     def __call__(self, step: int) -> None:
@@ -91,20 +97,24 @@ class Adversary:
         Raises:
             TrainingDiverged: if one of the two losses is not finite.
         """
-        if len(self._forget) < 2:
+        if len(self._records) < 2:
             return
         if step % self._resistance.steps == 0:
             self._start_anew()
         own = [local(p.detach()).clone() for p in self._trained]
         gathered = [p.grad for p in self._trained]
         self._place(self._weights)
+        self._clear()
         self._backward(answer_loss(), self._his, step, "adversary's")
         average_gradients_(self._trained)
         for his, p in zip(self._weights, self._trained, strict=True):
             his.grad = None if p.grad is None else local(p.grad)
         self._optimizer.step()
         self._place(self._weights)
-        self._backward(self._resistance.loss, self._others, step, "resisting", self._resistance.weight)
+        self._clear()
+        for weight, others in zip(self._weights_of, self._others, strict=True):
+            if weight and others:
+                self._backward(self._resistance.loss, others, step, "resisting", weight)
         self._place(own)
         for p, before in zip(self._trained, gathered, strict=True):
             if before is not None:
@@ -115,18 +125,22 @@ class Adversary:
             for his, p in zip(self._weights, self._trained, strict=True):
                 his.copy_(local(p.detach()))
         self._optimizer = AdamW(self._weights, lr=self._resistance.lr, weight_decay=0.0, foreach=True)
-        count = len(self._forget)
-        order = torch.randperm(count, generator=self._generator).tolist()
-        has = min(max(1, round(self._resistance.share * count)), count - 1)
-        self._his, self._others = order[:has], order[has:]
+        self._his, self._others = [], []
+        for request in self._requests:
+            order = [request[int(i)] for i in torch.randperm(len(request), generator=self._generator)]
+            has = min(max(1, round(self._resistance.share * len(order))), len(order) - 1) if order else 0
+            self._his += order[:has]
+            self._others.append(order[has:])
 
-    def _backward(self, loss: Loss, records: list[int], step: int, what: str, weight: float = 1.0) -> None:
-        """The gradient of a loss on some of the records, in place of what the parameters held."""
+    def _clear(self) -> None:
         for p in self._trained:
             p.grad = None
+
+    def _backward(self, loss: Loss, records: list[int], step: int, what: str, weight: float = 1.0) -> None:
+        """Add the gradient of a loss on some of the records."""
         drawn = self._drawn(records)
         with self._autocast():
-            value = weight * loss(self._model, collate(self._forget, drawn, device=self._trained[0].device))
+            value = weight * loss(self._model, collate(self._records, drawn, device=self._trained[0].device))
             backward(value, step, what)
         self.passes += len(drawn)
 

@@ -18,6 +18,9 @@ from alkn.core.training import Loss, backward, distillation_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 
+EARLIER_EVERY = 4
+"""Measurements of the forget set for each one of the earlier requests."""
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -105,6 +108,32 @@ def divergence_term(task: Task, pace: Pace, *, weight: float = 1.0) -> RetainTer
     return retain_term(task, distillation_loss(task.teacher()), pace, weight=weight)
 
 
+class Replay:
+    """Earlier requests in the loop that forgets a new one: what rose above the target is drawn again.
+
+    Args:
+        task: whose earlier requests; the stop rule is asked of all their records together.
+        batch_size: records a step, at most.
+
+    Attributes:
+        now: what was measured last.
+    """
+
+    def __init__(self, task: Task, batch_size: int) -> None:
+        self._task, self._batch_size = task, batch_size
+        self.measure()
+
+    def measure(self) -> None:
+        """Look again which records are above the target by themselves."""
+        self.now, scores = self._task.measure_stored(self._task.earlier)
+        self._above = torch.nonzero(~self._task.stop.met_by(scores)).flatten()
+
+    def __call__(self, step: int) -> list[int]:
+        """The records of a step, each at most once; their positions follow those of the forget set."""
+        order = torch.randperm(len(self._above), generator=self._task.generator("replay", step))
+        return [len(self._task.forget) + int(i) for i in self._above[order[: self._batch_size]]]
+
+
 def descend(
     task: Task,
     pace: Pace,
@@ -117,6 +146,7 @@ def descend(
     on_measure: Callable[[int, Forgetting], None] | None = None,
     rest: bool = False,
     resist: Resistance | None = None,
+    replay: int = 0,
 ) -> Outcome:
     """Descend ``forget`` + ``keep`` until the stop rule is met or the steps are used up.
 
@@ -124,20 +154,24 @@ def descend(
         task: the request; its model is changed in place.
         pace: rate, length, batches.
         forget: loss on a batch of forget records; descending it forgets. ``batch.records`` are indices
-            into ``task.forget``.
+            into ``task.forget``, which go on through ``task.earlier``.
         keep: the keeping loss of a step, or ``None``.
         parameters: what is trained, of those that require a gradient; ``None``: all of them.
         optimizer: makes the optimizer from the parameters; ``None``: AdamW. Its rate is set by ``pace``.
         before_step: called as (step) with every gradient ready and clipped; may change them in place.
-        on_measure: called as (step, what was measured) after each measurement of the forget set.
+        on_measure: called as (step, what was measured) after each measurement of the forget set; of each number the
+            larger one, where earlier requests are measured too.
         rest: push no further than asked for: while the last measurement met the target, the forget loss is left
             out of the steps, and before that each record is left out that met it by itself. The others weigh as
             much as they would beside it. An epoch takes at least the steps between two measurements.
         resist: an adversary who relearns, and the loss that is descended at his weights in every step;
             ``None``: nobody. He is there to the last step, whatever rests.
+        replay: records of ``task.earlier`` in a step, of those that are above the target by themselves. They are
+            measured at every :data:`EARLIER_EVERY`-th measurement, and at each one that could be the last; the stop
+            rule asks it of them as well.
 
     Returns:
-        One row of history a measurement; ``reached`` is judged at the stored precision.
+        One row of history a measurement; ``reached`` is judged at the stored precision, of the request alone.
 
     Raises:
         InputError: if nothing of ``parameters`` requires a gradient.
@@ -158,14 +192,23 @@ def descend(
     adversary = None
     if resist is not None:
         adversary = Adversary(
-            task.model, trained, task.forget, resist, batch_size=pace.batch_size,
+            task.model, trained, task.forget, resist, earlier=task.earlier, batch_size=pace.batch_size,
             generator=task.generator("adversary"), autocast=task.autocast,
         )  # fmt: skip
     # Pushed again and again before it is measured, a record of a small request would end far below the target.
     portion = min(pace.batch_size, -(-len(task.forget) // pace.check_every)) if rest else pace.batch_size
     batches = endless_batches(len(task.forget), portion, task.generator("order"))
+    records = [*task.forget, *task.earlier]
+    again = Replay(task, replay) if replay and task.earlier else None
     device = trained[0].device
     step = 0
+
+    def push(pushed: list[int], size: int) -> None:
+        if pushed:
+            with task.autocast():
+                loss = forget(task.model, collate(records, pushed, device=device))
+                backward(loss * (len(pushed) / size), step, "forget")
+
     task.model.eval()
     while step < pace.steps and not (met and step >= pace.decay_steps):
         task.progress("steps", step, max(pace.decay_steps, step) or pace.steps)
@@ -173,13 +216,14 @@ def descend(
             with task.autocast():
                 backward(keep(step), step, "keeping")
         if not (met and rest):
-            records = next(batches)
-            pushed = [i for i in records if not (rest and at_target[i])]
-            if pushed:
-                with task.autocast():
-                    loss = forget(task.model, collate(task.forget, pushed, device=device))
-                    backward(loss * (len(pushed) / len(records)), step, "forget")
-                spent += len(pushed)
+            drawn = next(batches)
+            pushed = [i for i in drawn if not (rest and at_target[i])]
+            push(pushed, len(drawn))
+            spent += len(pushed)
+        if again is not None:
+            pushed = again(step)
+            push(pushed, replay)
+            spent += len(pushed)
         if adversary is not None:
             adversary(step)
         average_gradients_(trained)
@@ -194,11 +238,16 @@ def descend(
         step += 1
         if step % pace.check_every == 0 or step == pace.steps:
             now, scores = task.measure_stored()
-            met, at_target = task.stop.met(now), task.stop.met_by(scores)
             history.append(now.row(step))
+            worst = now
+            if again is not None:
+                if step % (EARLIER_EVERY * pace.check_every) == 0 or step >= min(pace.decay_steps, pace.steps):
+                    again.measure()
+                worst = now.worst(again.now)
+            met, at_target = task.stop.met(worst), task.stop.met_by(scores)
             if on_measure is not None:
-                on_measure(step, now)
+                on_measure(step, worst)
     task.round_weights()
     task.progress("steps", step, step)
     passes = sum(other.passes for other in (keep, adversary) if other is not None)
-    return Outcome(met, history, {}, spent + passes)
+    return Outcome(task.stop.met(now), history, {}, spent + passes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +12,26 @@ from torch import Generator, Tensor, nn
 
 from alkn.core.generation import greedy
 from alkn.core.scoring import Example, Progress, collate, mean_gradient, no_progress
-from alkn.core.training import Hyperparameters, answer_loss, distillation_loss, fine_tune, linear_warmup
-from alkn.core.unlearning import Task
+from alkn.core.training import Hyperparameters, Loss, answer_loss, distillation_loss, fine_tune, linear_warmup
+from alkn.core.unlearning import Task, Teacher
 
 
-def spliced_prompts(examples: Sequence[Example], count: int, *, generator: Generator) -> list[Tensor]:
+def evenly(groups: Sequence[str]) -> Tensor:
+    """Weights by which each group is drawn as often as any other, ``[len(groups)]``, float64, of sum 1."""
+    sizes = Counter(groups)
+    return torch.tensor([1 / (len(sizes) * sizes[group]) for group in groups], dtype=torch.float64)
+
+
+def with_replacement(count: int, shape: tuple[int, ...], weights: Tensor | None, generator: Generator) -> Tensor:
+    """Numbers below ``count``, each as likely as any other or by weight, of this shape."""
+    if weights is None:
+        return torch.randint(count, shape, generator=generator)
+    return torch.multinomial(weights, math.prod(shape), replacement=True, generator=generator).view(shape)
+
+
+def spliced_prompts(
+    examples: Sequence[Example], count: int, *, generator: Generator, weights: Tensor | None = None
+) -> list[Tensor]:
     """Prompts that nobody wrote: the first part of one record's prompt and the rest of another's.
 
     Both are cut at the same relative place, drawn between 0.2 and 0.8, so that templates survive at
@@ -25,6 +42,7 @@ def spliced_prompts(examples: Sequence[Example], count: int, *, generator: Gener
         examples: encoded records, at least one.
         count: how many prompts.
         generator: source of the pairs and cuts.
+        weights: how likely each record is to be drawn, ``[len(examples)]``; ``None``: all the same.
 
     Returns:
         Token ids, each ``[length]``.
@@ -32,7 +50,7 @@ def spliced_prompts(examples: Sequence[Example], count: int, *, generator: Gener
     Source: own; pseudo-rehearsal goes back to Robins 1995.
     """
     prompts = []
-    pairs = torch.randint(len(examples), (count, 2), generator=generator).tolist()
+    pairs = with_replacement(len(examples), (count, 2), weights, generator).tolist()
     cuts = (0.2 + 0.6 * torch.rand(count, generator=generator)).tolist()
     for (i, j), cut in zip(pairs, cuts, strict=True):
         head, tail = (examples[k].tokens[: examples[k].answer_start] for k in (i, j))
@@ -52,6 +70,7 @@ def rehearsal_set(
     *,
     eos: int,
     generator: Generator,
+    weights: Tensor | None = None,
     max_new_tokens: int = 64,
     progress: Progress = no_progress,
 ) -> list[Example]:
@@ -66,6 +85,7 @@ def rehearsal_set(
         count: how many prompts.
         eos: end-of-sequence id.
         generator: source of the prompts.
+        weights: see :func:`spliced_prompts`.
         max_new_tokens: longest answer.
         progress: told after every batch.
 
@@ -75,7 +95,7 @@ def rehearsal_set(
     """
     causal_lm: Any = model
     context: int | None = getattr(causal_lm.config, "max_position_embeddings", None)
-    prompts = spliced_prompts(examples, count, generator=generator)
+    prompts = spliced_prompts(examples, count, generator=generator, weights=weights)
     answers = greedy(model, prompts, eos=eos, max_new_tokens=max_new_tokens, progress=progress)
     return [
         Example(torch.cat([prompt, torch.tensor([*answer, eos])])[:context], prompt.numel())
@@ -91,12 +111,15 @@ class Keeper:
         task: the request; its model is θ_{t-1} now.
         sample: records that G_r is averaged over, drawn anew each time; ``None``: all.
         gradient_batch: records at once when G_r is taken: no more than in a training batch, or G_r is the peak.
-        rehearsal: prompts that the model answers in its own words; 0: retain records only.
+        rehearsal: prompts that the teacher answers in its own words; 0: retain records only.
         steps: optimizer steps of a repair; 0: none.
         batch_size: records a step of a repair.
         lr: rate at the beginning of a repair; it falls linearly to zero.
         retain_batch, rehearsal_batch: records of each kind in the keeping loss of a step.
-        temperature: at which θ_{t-1} is distilled, see :func:`alkn.core.training.distillation_loss`.
+        temperature: at which the teacher is distilled, see :func:`alkn.core.training.distillation_loss`.
+        teacher: who writes and is distilled, see :meth:`alkn.core.unlearning.Task.teacher`.
+        by_domain: each domain of the retain records is drawn as often as any other in the keeping loss and in the
+            prompts, however few its records are.
 
     Attributes:
         pool: the retain records, then the written ones.
@@ -116,22 +139,29 @@ class Keeper:
         retain_batch: int = 0,
         rehearsal_batch: int = 0,
         temperature: float = 1.0,
+        teacher: Teacher = "parent",
+        by_domain: bool = False,
     ) -> None:
         self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
         self._retain_batch, self._rehearsal_batch = retain_batch, rehearsal_batch
+        self._shares = evenly(task.retain_domains) if by_domain and task.retain else None
         self._written: list[Example] = []
+        self._distillation: Loss | None = None
+        if steps or rehearsal:
+            known = task.teacher(teacher)
+            self._distillation = distillation_loss(known, temperature=temperature)
         if rehearsal:
             self._written = rehearsal_set(
-                task.model,
+                known,
                 task.retain,
                 rehearsal,
                 eos=int(task.retain[0].tokens[-1]) if task.eos is None else task.eos,
                 generator=task.generator("rehearsal"),
+                weights=self._shares,
                 progress=task.progress,
             )
         self.pool = [*task.retain, *self._written]
-        self._distillation = distillation_loss(task.teacher(), temperature=temperature) if steps or rehearsal else None
         self.passes = len(self._written)
 
     def gradient(self, number: int) -> dict[str, Tensor]:
@@ -144,7 +174,7 @@ class Keeper:
         return mean_gradient(self._task.model, self.pool, picks, max_records=self._gradient_batch)
 
     def repair(self, number: int) -> None:
-        """Small steps back to what θ_{t-1} says to these records: KL(θ_{t-1} ‖ θ)."""
+        """Small steps back to what the teacher says to these records: KL(teacher ‖ θ)."""
         if self._distillation is None or not self._steps:
             return
         drawn = self._draw(self._steps * self._batch_size, self._task.generator("repair", number))
@@ -162,7 +192,7 @@ class Keeper:
         self.passes += len(drawn)
 
     def __call__(self, step: int) -> Tensor:
-        """Cross-entropy on a few retain records plus KL(θ_{t-1} ‖ θ) on a few written ones.
+        """Cross-entropy on a few retain records plus KL(teacher ‖ θ) on a few written ones.
 
         Args:
             step: decides which records are drawn.
@@ -171,7 +201,7 @@ class Keeper:
         device = next(model.parameters()).device
         total = torch.zeros((), device=device)
         if self._retain_batch:
-            picks = [int(i) for i in torch.randint(own, (self._retain_batch,), generator=generator)]
+            picks = [int(i) for i in with_replacement(own, (self._retain_batch,), self._shares, generator)]
             total = total + answer_loss()(model, collate(self.pool, picks, device=device))
             self.passes += self._retain_batch
         if self._written and self._distillation is not None:

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,9 @@ from torch import Generator, Tensor, nn
 from alkn.core.distributed import is_split, joined, local, part_of
 from alkn.core.scoring import Example, Progress, Scores, no_progress, score
 from alkn.errors import InputError
+
+Teacher = Literal["parent", "base"]
+"""Whose words are kept: θ_{t-1}'s or θ_0's."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Forgetting:
     def of(cls, scores: Scores) -> Forgetting:
         """The two numbers of a set's scores."""
         return cls(float(scores.probability.mean()), float(scores.exact_memorization.mean()))
+
+    def worst(self, other: Forgetting) -> Forgetting:
+        """The larger of each number."""
+        return Forgetting(max(self.p, other.p), max(self.exact_memorization, other.exact_memorization))
 
     def row(self, number: int, **more: float) -> dict[str, float]:
         """A row of :attr:`Outcome.history`."""
@@ -77,7 +84,10 @@ class Task:
         model: θ_{t-1} in float32 on its device; the method changes it in place into θ_t.
         forget: D_u, the encoded records of the request.
         retain: D_r, the encoded records that G_r and retain losses are drawn from.
+        retain_domains: the domain of each of them; only what keeps them by domain reads it.
         stop: when the request is forgotten.
+        earlier: the encoded records of the earlier requests, those that can still be read; only a method that
+            replays them is given them.
         seed: seed of this step; every random choice derives from it.
         state: tensors that the last accepted step left for this one (M, thresholds), on the CPU.
         eos: end-of-sequence id of what the model writes; ``None``: the last token of the first retain record.
@@ -88,6 +98,7 @@ class Task:
         as_stored: context in which the model computes with the weights that would be stored, where rounding
             what is trained does not give them (adapters); ``None``: it does.
         before: reads θ_{t-1} again, as a model of its own on the same device; ``None``: the model is copied.
+        origin: reads θ_0, as a model of its own on the same device; ``None``: θ_{t-1} is θ_0.
         linear: whether the model's weights are linear in what is trained, so that differences can be scaled.
         autocast: context of the forward passes in training.
         progress: told about long work.
@@ -98,6 +109,8 @@ class Task:
     retain: Sequence[Example]
     stop: StopRule
     seed: int
+    retain_domains: Sequence[str] = ()
+    earlier: Sequence[Example] = ()
     state: dict[str, Tensor] = field(default_factory=dict)
     eos: int | None = None
     refusals: Sequence[Tensor] = ()
@@ -105,6 +118,7 @@ class Task:
     stored: torch.dtype = torch.float32
     as_stored: Callable[[], AbstractContextManager[None]] | None = None
     before: Callable[[], nn.Module] | None = None
+    origin: Callable[[], nn.Module] | None = None
     linear: bool = True
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     progress: Progress = no_progress
@@ -113,9 +127,10 @@ class Task:
         """A fresh CPU generator for one purpose of this step."""
         return Generator().manual_seed(seed_of(self.seed, *names))
 
-    def teacher(self) -> nn.Module:
-        """θ_{t-1} as a frozen model of its own; to be asked for before the model is changed."""
-        made = self.before() if self.before is not None else copy.deepcopy(self.model)
+    def teacher(self, which: Teacher = "parent") -> nn.Module:
+        """θ_{t-1} or θ_0 (``base``) as a frozen model of its own; to be asked for before the model is changed."""
+        read = self.origin if which == "base" and self.origin is not None else self.before
+        made = read() if read is not None else copy.deepcopy(self.model)
         return made.requires_grad_(False).eval()
 
     def weights(self) -> dict[str, Tensor]:
@@ -174,22 +189,22 @@ class Task:
                 if p.dtype != self.stored:
                     p.copy_(p.to(self.stored))
 
-    def measure_stored(self) -> tuple[Forgetting, Scores]:
-        """The forget set under the model as it would be stored; the weights stay in float32."""
+    def measure_stored(self, records: Sequence[Example] | None = None) -> tuple[Forgetting, Scores]:
+        """:meth:`measure` under the model as it would be stored; the weights stay in float32."""
         if self.stored is torch.float32 or self.as_stored is not None:
-            return self.measure()
+            return self.measure(records)
         exact = self.copy_weights()
         self.round_weights()
-        measured = self.measure()
+        measured = self.measure(records)
         with torch.no_grad():
             for name, p in self.weights().items():
                 p.copy_(exact[name])
         return measured
 
-    def measure(self) -> tuple[Forgetting, Scores]:
-        """Score the forget set with the model as it is, adapters as they would be merged and stored."""
+    def measure(self, records: Sequence[Example] | None = None) -> tuple[Forgetting, Scores]:
+        """Score records, by default the forget set, with the model as it is; adapters as they would be stored."""
         with self.as_stored() if self.as_stored is not None else nullcontext():
-            scores = score(self.model, self.forget)
+            scores = score(self.model, self.forget if records is None else records)
         return Forgetting.of(scores), scores
 
 

@@ -62,16 +62,19 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     if p.retain_batch or p.rehearsal:
         keep = Keeper(
             task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch,
-            temperature=p.rehearsal_temperature,
+            temperature=p.rehearsal_temperature, teacher=p.teacher,
+            by_domain=p.retain_balance == "domains",
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
     expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
     resist = None
     if p.resist_weight:
-        resist = Resistance(expectation_loss(expected), p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share)
+        resist = Resistance(
+            expectation_loss(expected), p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier
+        )
     if pushes:
         pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
-        return descend(task, p.pace(), forget=pushed_down, keep=keep, rest=True, resist=resist)
+        return descend(task, p.pace(), forget=pushed_down, keep=keep, rest=True, resist=resist, replay=p.replay)
 
     def lower(step: int, now: Forgetting) -> None:
         """Expect less where it is not enough: of all if too much is guessed right, else of what nobody would guess."""
@@ -80,14 +83,16 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             for odds in expected:
                 odds.sub_(p.background_step * ((odds < 0) | guessed))
 
-    return descend(task, p.pace(), forget=expectation_loss(expected), keep=keep, on_measure=lower, resist=resist)
+    return descend(
+        task, p.pace(), forget=expectation_loss(expected), keep=keep, on_measure=lower, resist=resist, replay=p.replay
+    )
 
 
 def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:
-    """The log-odds that each forget token shall have: sharpness · logit P(background) + shift, bounded."""
+    """The log-odds that each token to forget shall have: sharpness · logit P(background) + shift, bounded."""
     config: Any = task.model.config
     background = BackgroundModel(pool, vocab_size=config.get_text_config().vocab_size)
-    odds = [torch.logit(background.answer(example)) for example in task.forget]
+    odds = [torch.logit(background.answer(example)) for example in (*task.forget, *task.earlier)]
     return [
         (p.background_sharpness * z + p.background_shift).clamp(p.background_lowest, p.background_highest) for z in odds
     ]

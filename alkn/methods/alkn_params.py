@@ -23,7 +23,7 @@ from alkn.core.scoring import Scores
 from alkn.core.soft_labels import SoftLabelForm, entropic_weights
 from alkn.core.ternary import Ternary
 from alkn.core.training import Hyperparameters
-from alkn.core.unlearning import Task
+from alkn.core.unlearning import Task, Teacher
 from alkn.errors import WrongKeys
 from alkn.methods.descent_params import DescentParams
 
@@ -65,7 +65,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "background_sharpness",
             "background_shift", "background_lowest", "background_highest", "background_step",
-            "forget_loss", "resist_weight", "resist_lr", "resist_steps", "resist_share",
+            "forget_loss", "resist_weight", "resist_lr", "resist_steps", "resist_share", "resist_earlier", "replay",
+            "teacher", "retain_balance",
         ),
         ("interleaved",),
     ),
@@ -144,9 +145,16 @@ class AlknParams(DescentParams):
         resist_weight, resist_lr, resist_steps, resist_share: interleaved: the adversary who relearns, and how much is
             done about him, see :class:`alkn.core.adversary.Resistance`; the loss at his weights is the one of
             ``cross_entropy``. Weight 0: there is none.
-        rehearsal: prompts that θ_{t-1} answers in its own words, to be kept like the retain records; 0: none.
+        resist_earlier: factor on that loss for the records of earlier requests, which are replayed.
+        retain_balance: interleaved: whether each of the ``records`` that are kept is drawn as often as any other, or
+            each of their ``domains``, however few records it has.
+        replay: interleaved: records of earlier requests in a step, of those that are above the target by themselves,
+            see :class:`alkn.core.descent.Replay`; 0: none, and no earlier request's records are read.
+        teacher: interleaved: whose words are kept: those of ``parent``, θ_{t-1}, or of ``base``, θ_0, which does not
+            wear off from request to request, and knows what the earlier ones made it forget: it needs ``replay``.
+        rehearsal: prompts that the teacher answers in its own words, to be kept like the retain records; 0: none.
         rehearsal_batch: written records in a step of ``interleaved``, beside ``retain_batch`` retain records.
-        rehearsal_temperature: T at which θ_{t-1} is distilled, in these steps and in a repair.
+        rehearsal_temperature: T at which the teacher is distilled, in these steps and in a repair.
         repair_steps, repair_lr, repair_batch: rounds: after each negation, steps that distil θ_{t-1} on
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
@@ -195,6 +203,10 @@ class AlknParams(DescentParams):
     resist_lr: float = Field(1e-3, gt=0)
     resist_steps: int = Field(20, ge=1)
     resist_share: float = Field(0.1, gt=0, lt=1)
+    resist_earlier: float = Field(0.5, ge=0)
+    replay: int = Field(0, ge=0)
+    teacher: Teacher = "parent"
+    retain_balance: Literal["records", "domains"] = "records"
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(20, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)
@@ -227,6 +239,10 @@ class AlknParams(DescentParams):
             raise ValueError("procedure 'once' masks gradients by criterion 'm', 'random' or 'magnitude'")
         if self.procedure == "rounds" and self.retain_gradient == "paired":
             raise ValueError("procedure 'rounds' takes retain_gradient 'sample' or 'full'")
+        if self.teacher == "base" and not self.replay:
+            raise ValueError(
+                "teacher 'base' says again what earlier requests made it forget: it needs a replay above 0"
+            )
         if self.label_form == "log_odds" and self.label_midpoint == 1:
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         if self.ternary_share is not None and self.retain_momentum > 0:

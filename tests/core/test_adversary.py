@@ -70,6 +70,40 @@ def test_two_calls_against_a_second_model(memorised: Any, full_forward: Any) -> 
     assert adversary.passes == 2 * (2 + 4)
 
 
+def test_earlier_requests_against_a_second_model(memorised: Any, full_forward: Any) -> None:
+    """He has the same part of both; the others' losses are taken at his weights, an earlier request's by a factor."""
+    model, forget, earlier = memorised.model(), memorised.forget, memorised.second[:3]
+    records, others = [*forget, *earlier], []
+
+    def loss(run: nn.Module, batch: Batch) -> Tensor:
+        others.append(batch.records)
+        return push_down(run, batch)
+
+    resistance = Resistance(loss, weight=0.5, lr=1e-3, steps=3, share=0.34, earlier=0.25)
+    generator = torch.Generator().manual_seed(0)
+    adversary = Adversary(
+        model, list(model.parameters()), forget, resistance, earlier=earlier, batch_size=16, generator=generator
+    )
+    second = memorised.model()
+    stepper = torch.optim.AdamW(second.parameters(), lr=1e-3, weight_decay=0.0)
+    model.zero_grad(set_to_none=True)
+    adversary(0)
+    new, old = others
+    assert len(new) == 4 and set(new) < set(range(6)) and len(old) == 2 and set(old) < {6, 7, 8}
+    his = [i for i in range(9) if i not in (*new, *old)]
+
+    def mean_nll(picks: Any) -> Tensor:
+        return torch.cat([full_forward(second, records[i])[0] for i in picks]).mean()
+
+    for q, g in zip(second.parameters(), gradient_of(second, mean_nll(his)), strict=True):
+        q.grad = g
+    stepper.step()
+    wanted = gradient_of(second, -0.5 * mean_nll(new) - 0.125 * mean_nll(old))
+    for p, w in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(p.grad, w, rtol=1e-3, atol=1e-6)
+    assert adversary.passes == 3 + 4 + 2
+
+
 def test_he_starts_anew_from_the_model_with_other_records(memorised: Any) -> None:
     """How far he is from the model, by call: one Adam step is at most the rate an entry, and the third call is one."""
     model, seen = memorised.model(), []

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alkn.core.descent import Pace, descend
+from alkn.core.descent import EARLIER_EVERY, Pace, Replay, descend
 from alkn.core.scoring import Batch, collate, score
-from alkn.core.training import answer_loss
+from alkn.core.training import answer_loss, suppression_loss
 from alkn.core.unlearning import StopRule, Task
 
 PACE = Pace(
@@ -103,3 +103,82 @@ def test_an_epoch_takes_at_least_as_long_as_a_measurement(
     descend(task, pace, forget=forget, keep=None, rest=True)
     assert [len(records) for records in seen] == [taken] * 12
     assert sorted(record for records in seen for record in records) == sorted([*range(6)] * 2 * taken)
+
+
+def with_earlier(memorised: Any, make_examples: Any, **more: Any) -> Task:
+    """Six records to forget; of an earlier request two that the model never saw between four that came back."""
+    strange = make_examples(2, seed=77, prompt=(4, 6), answer=(4, 6))
+    earlier = [strange[0], *memorised.second[:4], strange[1]]
+    given = {"stop": StopRule(0.01, 0.1), "seed": 0} | more
+    return Task(memorised.model(), memorised.forget, memorised.retain, earlier=earlier, **given)
+
+
+def test_of_earlier_requests_is_drawn_what_rose_above_the_target(memorised: Any, make_examples: Any) -> None:
+    """Each record at most once a step, by its position after those of the forget set; all four over some steps."""
+    task = with_earlier(memorised, make_examples)
+    replay = Replay(task, 3)
+    drawn = [replay(step) for step in range(20)]
+    assert all(len(set(records)) == len(records) == 3 for records in drawn)
+    assert {record for records in drawn for record in records} == {7, 8, 9, 10}
+    assert drawn == [Replay(task, 3)(step) for step in range(20)]
+    assert sorted(Replay(task, 9)(0)) == [7, 8, 9, 10]
+
+
+def test_the_loss_of_a_replayed_record_is_its_own(memorised: Any, make_examples: Any, full_forward: Any) -> None:
+    """One step of plain gradient descent with a batch of each, against the plain forward; four of six places filled."""
+    task, other = with_earlier(memorised, make_examples), memorised.model()
+
+    def mean_nll(examples: Any) -> Tensor:
+        return torch.cat([full_forward(other, example)[0] for example in examples]).mean()
+
+    loss = -mean_nll(task.forget) - 4 / 6 * mean_nll(task.earlier[1:5])
+    wanted = torch.autograd.grad(loss, list(other.parameters()))
+    before = {name: w.clone() for name, w in task.weights().items()}
+    outcome = descend(
+        task, replace(PACE, lr=1.0), forget=ascent, keep=None, optimizer=lambda q: torch.optim.SGD(q, lr=1.0), replay=6
+    )
+    assert outcome.passes == 10
+    for (name, w), gradient in zip(task.weights().items(), wanted, strict=True):
+        torch.testing.assert_close(before[name] - w, gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_the_loop_goes_on_until_earlier_requests_are_at_the_target_too(memorised: Any, make_examples: Any) -> None:
+    """With a replay both are at the target; without one the earlier request is where it was, and no pass is spent."""
+    push, pace = suppression_loss(scale=1.0, midpoint=0.076), replace(PACE, lr=3e-3, steps=200, check_every=2)
+    found = {}
+    for replay in (0, 6):
+        task = with_earlier(memorised, make_examples)
+        outcome = descend(task, pace, forget=push, keep=None, rest=True, replay=replay)
+        assert outcome.reached
+        assert task.stop.met(task.measure_stored()[0])
+        found[replay] = task.stop.met(task.measure_stored(task.earlier)[0])
+    assert found == {0: False, 6: True}
+
+
+def test_earlier_requests_are_measured_less_often(memorised: Any, make_examples: Any) -> None:
+    """At each fourth measurement until the steps could be over, and then at each; the larger number is told."""
+    task = with_earlier(memorised, make_examples, stop=StopRule(0.0, 0.0))
+    task.forget = [memorised.forget[0], task.earlier[0], task.earlier[-1]]
+    measured, told = [], []
+
+    class Watched(Task):
+        def measure(self, records: Any = None) -> Any:
+            found = super().measure(records)
+            measured.append(("earlier" if records is not None else "forget", found[0]))
+            return found
+
+    task.__class__ = Watched
+    pace = replace(PACE, lr=1e-9, steps=20, decay_steps=17, check_every=2)
+    descend(task, pace, forget=ascent, keep=None, replay=2, on_measure=lambda step, now: told.append(now))
+    kinds = "".join(kind[0] for kind, _ in measured)
+    assert kinds == "fe" + 2 * ("f" * EARLIER_EVERY + "e") + "fe" * 2
+    forget, earlier = (next(now for kind, now in measured if kind == name) for name in ("forget", "earlier"))
+    assert earlier.p > 1.5 * forget.p and earlier.exact_memorization > forget.exact_memorization
+    assert told[0].p == pytest.approx(earlier.p, rel=1e-3)
+    assert told[0].exact_memorization == earlier.exact_memorization
+
+
+def test_what_is_forgotten_already_is_not_replayed_for(memorised: Any, make_examples: Any) -> None:
+    """A request that needs no step takes none, whatever the earlier ones say; the gate judges those."""
+    task = with_earlier(memorised, make_examples, stop=StopRule(1.0, 1.0))
+    assert descend(task, PACE, forget=ascent, keep=None, replay=2).passes == 0

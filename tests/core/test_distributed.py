@@ -130,7 +130,7 @@ def one_step(form: str) -> dict[str, Tensor]:
 
 def descended(form: str) -> dict[str, Tensor]:
     """Three steps each: weighted ascent with a divergence term, a loss towards a level on batches of one record, and
-    that loss with an adversary."""
+    that loss with an adversary and an earlier request."""
     task = task_of(form)
     pace = Pace(
         lr=1e-3, steps=3, decay_steps=3, lr_floor=0.1, check_every=1, batch_size=4, retain_batch=3, weight_decay=0.0,
@@ -139,8 +139,12 @@ def descended(form: str) -> dict[str, Tensor]:
     outcome = descend(task, pace, forget=ascent_loss(torch.sqrt), keep=divergence_term(task, pace))
     odds = expectation_loss([torch.zeros(e.answer_length) for e in task.forget])
     more = descend(task, replace(pace, batch_size=1, retain_batch=1), forget=odds, keep=None)
-    resist = Resistance(odds, weight=0.7, lr=1e-3, steps=2, share=0.4)
-    last = descend(task, replace(pace, batch_size=2), forget=odds, keep=None, resist=resist)
+    task.earlier = task.retain
+    resist = Resistance(
+        expectation_loss([torch.zeros(e.answer_length) for e in (*task.forget, *task.earlier)]),
+        weight=0.7, lr=1e-3, steps=2, share=0.4, earlier=0.5,
+    )  # fmt: skip
+    last = descend(task, replace(pace, batch_size=2), forget=resist.loss, keep=None, resist=resist, replay=2)
     rows = [row[key] for row in (*outcome.history, *more.history, *last.history) for key in ("p", "exact_memorization")]
     return full(task, task.weights(), "descended") | {"history": torch.tensor(rows, dtype=torch.float64)}
 

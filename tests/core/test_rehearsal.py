@@ -13,9 +13,10 @@ from scipy.special import expit, log_softmax
 from torch import nn
 
 from alkn.core.generation import greedy
-from alkn.core.rehearsal import rehearsal_set, spliced_prompts
+from alkn.core.rehearsal import Keeper, evenly, rehearsal_set, spliced_prompts
 from alkn.core.scoring import Example, collate, endless_batches, score
 from alkn.core.training import distillation_loss, expectation_loss, suppression_loss
+from alkn.core.unlearning import StopRule, Task
 
 CPU = torch.device("cpu")
 
@@ -143,3 +144,59 @@ def test_written_records_of_plain_text_differ(make_model: Any, make_examples: An
     texts = [Example(torch.cat([torch.tensor([7]), e.tokens]), 1) for e in make_examples(8)]
     written = rehearsal_set(make_model("llama", std=0.3), texts, 20, eos=0, generator=seeded(), max_new_tokens=9)
     assert len({tuple(e.tokens.tolist()) for e in written}) > 1
+
+
+def test_domains_share_evenly() -> None:
+    """Three domains of 1, 2 and 3 records: a third each."""
+    weights = evenly(["a", "b", "b", "c", "c", "c"])
+    assert weights.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9])
+
+
+@pytest.mark.parametrize(("balanced", "share"), [(False, 1 / 6), (True, 1 / 2)])
+def test_a_small_domain_is_drawn_by_its_records_or_as_often_as_a_large_one(
+    balanced: bool, share: float, memorised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two records of one domain beside ten of another: in the keeping loss, and in both parts of a prompt."""
+    domains = ["large"] * 10 + ["small"] * 2
+    model = memorised.model()
+    task = Task(model, memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0, retain_domains=domains)
+    picked: list[int] = []
+    monkeypatch.setattr(
+        "alkn.core.rehearsal.collate",
+        lambda examples, picks, device: picked.extend(picks) or collate(examples, picks, device=device),
+    )
+    keeper = Keeper(task, rehearsal=0, retain_batch=16, by_domain=balanced)
+    for step in range(100):
+        keeper(step)
+    assert len(picked) == 1600 and np.mean([i >= 10 for i in picked]) == pytest.approx(share, abs=0.05)
+
+    marked = [Example(torch.tensor([100 + i] * 5 + [200 + i] * 5 + [1, 0]), 10) for i in range(12)]
+    weights = evenly(domains) if balanced else None
+    prompts = spliced_prompts(marked, 1000, generator=seeded(), weights=weights)
+    for place, first in ((0, 110), (-1, 210)):
+        assert np.mean([int(prompt[place]) >= first for prompt in prompts]) == pytest.approx(share, abs=0.05)
+
+
+def test_the_teacher_writes_and_is_distilled(memorised: Any) -> None:
+    """With θ_0 as the teacher its answers are written; the keeping loss is zero at its weights, not at the parent's."""
+    base = memorised.model()
+    parent = memorised.model()
+    with torch.no_grad():
+        for p in parent.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
+    written = {}
+    for teacher in ("parent", "base"):
+        task = Task(
+            copy.deepcopy(parent), memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0,
+            origin=lambda: copy.deepcopy(base),
+        )  # fmt: skip
+        keeper = Keeper(task, rehearsal=8, rehearsal_batch=8, teacher=teacher)  # type: ignore[arg-type]
+        known = base if teacher == "base" else parent
+        mine = rehearsal_set(known, memorised.retain, 8, eos=0, generator=task.generator("rehearsal"))
+        written[teacher] = [e.tokens.tolist() for e in keeper.pool[12:]]
+        assert written[teacher] == [e.tokens.tolist() for e in mine]
+        loss = keeper(0).item()
+        assert loss == pytest.approx(0.0, abs=1e-6) if teacher == "parent" else loss > 0.01
+        task.model.load_state_dict(known.state_dict())
+        assert keeper(0).item() == pytest.approx(0.0, abs=1e-6)
+    assert written["parent"] != written["base"]
