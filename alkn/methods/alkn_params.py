@@ -41,8 +41,8 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "lr": 5e-4, "decay_steps": 100, "batch_size": 8, "retain_batch": 12, "rehearsal_batch": 36, "rehearsal": 1600,
-        "forget_loss": "cross_entropy", "resist_weight": 0.15,
+        "lr": 5e-4, "retain_batch": 16, "rehearsal_batch": 64, "rehearsal": 2400, "forget_loss": "cross_entropy",
+        "resist_weight": 0.2, "replay": 8, "teacher": "base", "retain_balance": "domains",
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
