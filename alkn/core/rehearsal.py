@@ -145,7 +145,7 @@ class Keeper:
         self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
         self._retain_batch, self._rehearsal_batch = retain_batch, rehearsal_batch
-        self._shares = evenly(task.retain_domains) if by_domain and task.retain else None
+        self._shares = evenly(task.retain_domains) if by_domain and task.retain_domains else None
         self._written: list[Example] = []
         self._distillation: Loss | None = None
         if steps or rehearsal:

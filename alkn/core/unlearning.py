@@ -84,7 +84,7 @@ class Task:
         model: θ_{t-1} in float32 on its device; the method changes it in place into θ_t.
         forget: D_u, the encoded records of the request.
         retain: D_r, the encoded records that G_r and retain losses are drawn from.
-        retain_domains: the domain of each of them; only what keeps them by domain reads it.
+        retain_domains: the domain of each of them; empty: they are of one.
         stop: when the request is forgotten.
         earlier: the encoded records of the earlier requests, those that can still be read; only a method that
             replays them is given them.
