@@ -84,7 +84,7 @@ def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> N
 
 
 def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
-    """Without keeping parts: six forget records a step in batches of 8, one that he has, five that he has not."""
+    """Without keeping parts: six forget records in batches of 16, one that he has, five that he has not."""
     plain, held = (
         alkn(
             task_of(memorised, stop=NEVER),
@@ -92,7 +92,7 @@ def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
         )
         for weight in (0.0, 0.3)
     )
-    assert (plain.passes, held.passes) == (7 * 8, 7 * (8 + 1 + 5))
+    assert (plain.passes, held.passes) == (7 * 16, 7 * (16 + 1 + 5))
     assert plain.history[-1] != held.history[-1]
 
 
