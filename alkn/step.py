@@ -27,7 +27,7 @@ from alkn.core.distributed import is_main, joined, local, refuse_split, wait
 from alkn.core.scoring import Example, Progress, no_progress
 from alkn.core.sharding import split_
 from alkn.core.task_vector import TaskVector
-from alkn.core.unlearning import Outcome, StopRule, Task, Teacher, seed_of
+from alkn.core.unlearning import Outcome, StopRule, Task, seed_of
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
 from alkn.evaluation import headline, measure_model
@@ -100,10 +100,6 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     remote = plan.settings.base.trust_remote_code
     encoder = Encoder.of(parent.model, plan.settings)
     model, stored = _trainable(parent, runtime, plan.settings)
-
-    def origin() -> nn.Module:
-        return _trainable(project.base, runtime, plan.settings)[0]
-
     records = load_split(project, "retain")
     retain = encoder.record_set("retain", records)
     domains = {int(record["id"]): domain for domain, group in by_domain(records).items() for record in group}
@@ -126,7 +122,8 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
         task.rest = _rest(project, plan, encoder)
     params: Any = plan.settings.method.params
     if getattr(params, "replay", 0):
-        task.earlier, task.origin = _replayed(project, plan, encoder, teacher=params.teacher), origin
+        task.earlier = _replayed(project, plan, encoder)
+        task.origin = lambda: _trainable(_origin(project, plan), runtime, plan.settings)[0]
     with _adapted(task, plan.settings):
         outcome = registry.methods[plan.settings.method.name].call(task, params)
     # Read again, not kept: a copy of the parent would add to the peak of the training.
@@ -393,18 +390,15 @@ def _rest(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
     return [example for example in examples if tuple(example.tokens.tolist()) not in gone]
 
 
-def _replayed(project: Project, plan: Plan, encoder: Encoder, *, teacher: Teacher) -> list[Example]:
-    """The records of the earlier requests that can still be read, in the order of the chain.
-
-    Raises:
-        InputError: if the base model teaches and some cannot: it would bring back what nobody can push down again.
-    """
-    if plan.attested and teacher == "base":
-        raise InputError(
-            f"method.teacher: 'base' still knows what was erased ({', '.join(plan.attested)}); expected 'parent'"
-        )
+def _replayed(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
+    """The records of the earlier requests that can still be read, in the order of the chain."""
     names = [name for name in plan.earlier if name not in plan.attested]
     return [example for name in names for example in encoder.examples(name, read_jsonl(project.request(name)))]
+
+
+def _origin(project: Project, plan: Plan) -> Step:
+    """The base model, or the last step whose request was erased: it has forgotten all that cannot be replayed."""
+    return next((project.step(name) for name in reversed(plan.earlier) if name in plan.attested), project.base)
 
 
 def _finite(step: Step) -> bool:

@@ -17,8 +17,8 @@ from alkn.core.distributed import is_split, joined, local, part_of
 from alkn.core.scoring import Example, Progress, Scores, no_progress, score
 from alkn.errors import InputError
 
-Teacher = Literal["parent", "base"]
-"""Whose words are kept: θ_{t-1}'s or θ_0's."""
+Teacher = Literal["parent", "origin"]
+"""Whose words are kept: θ_{t-1}'s, or those of the model before every request that is replayed."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Task:
         as_stored: context in which the model computes with the weights that would be stored, where rounding
             what is trained does not give them (adapters); ``None``: it does.
         before: reads θ_{t-1} again, as a model of its own on the same device; ``None``: the model is copied.
-        origin: reads θ_0, as a model of its own on the same device; ``None``: θ_{t-1} is θ_0.
+        origin: reads the model before every one of ``earlier``, as a model of its own on the same device; ``None``:
+            that is θ_{t-1}.
         linear: whether the model's weights are linear in what is trained, so that differences can be scaled.
         autocast: context of the forward passes in training.
         progress: told about long work.
@@ -128,8 +129,8 @@ class Task:
         return Generator().manual_seed(seed_of(self.seed, *names))
 
     def teacher(self, which: Teacher = "parent") -> nn.Module:
-        """θ_{t-1} or θ_0 (``base``) as a frozen model of its own; to be asked for before the model is changed."""
-        read = self.origin if which == "base" and self.origin is not None else self.before
+        """One of the two as a frozen model of its own; to be asked for before the model is changed."""
+        read = self.origin if which == "origin" and self.origin is not None else self.before
         made = read() if read is not None else copy.deepcopy(self.model)
         return made.requires_grad_(False).eval()
 

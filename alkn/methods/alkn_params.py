@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
         "lr": 5e-4, "retain_batch": 16, "rehearsal_batch": 64, "rehearsal": 2400, "forget_loss": "cross_entropy",
-        "resist_weight": 0.2, "replay": 8, "teacher": "base", "retain_balance": "domains",
+        "resist_weight": 0.2, "replay": 8, "teacher": "origin", "retain_balance": "domains",
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -150,8 +150,9 @@ class AlknParams(DescentParams):
             each of their ``domains``, however few records it has.
         replay: interleaved: records of earlier requests in a step, of those that are above the target by themselves,
             see :class:`alkn.core.descent.Replay`; 0: none, and no earlier request's records are read.
-        teacher: interleaved: whose words are kept: those of ``parent``, θ_{t-1}, or of ``base``, θ_0, which does not
-            wear off from request to request, and knows what the earlier ones made it forget: it needs ``replay``.
+        teacher: interleaved: whose words are kept: those of ``parent``, θ_{t-1}, or of ``origin``, the model before
+            every request that is replayed, which does not wear off from request to request, and knows what they made
+            it forget: it needs ``replay``.
         rehearsal: prompts that the teacher answers in its own words, to be kept like the retain records; 0: none.
         rehearsal_batch: written records in a step of ``interleaved``, beside ``retain_batch`` retain records.
         rehearsal_temperature: T at which the teacher is distilled, in these steps and in a repair.
@@ -239,10 +240,8 @@ class AlknParams(DescentParams):
             raise ValueError("procedure 'once' masks gradients by criterion 'm', 'random' or 'magnitude'")
         if self.procedure == "rounds" and self.retain_gradient == "paired":
             raise ValueError("procedure 'rounds' takes retain_gradient 'sample' or 'full'")
-        if self.teacher == "base" and not self.replay:
-            raise ValueError(
-                "teacher 'base' says again what earlier requests made it forget: it needs a replay above 0"
-            )
+        if self.teacher == "origin" and not self.replay:
+            raise ValueError("teacher 'origin' says again what was forgotten since: it needs a replay above 0")
         if self.label_form == "log_odds" and self.label_midpoint == 1:
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         if self.ternary_share is not None and self.retain_momentum > 0:

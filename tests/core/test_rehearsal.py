@@ -185,13 +185,13 @@ def test_the_teacher_writes_and_is_distilled(memorised: Any) -> None:
         for p in parent.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
     written = {}
-    for teacher in ("parent", "base"):
+    for teacher in ("parent", "origin"):
         task = Task(
             copy.deepcopy(parent), memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0,
             origin=lambda: copy.deepcopy(base),
         )  # fmt: skip
         keeper = Keeper(task, rehearsal=8, rehearsal_batch=8, teacher=teacher)  # type: ignore[arg-type]
-        known = base if teacher == "base" else parent
+        known = base if teacher == "origin" else parent
         mine = rehearsal_set(known, memorised.retain, 8, eos=0, generator=task.generator("rehearsal"))
         written[teacher] = [e.tokens.tolist() for e in keeper.pool[12:]]
         assert written[teacher] == [e.tokens.tolist() for e in mine]
@@ -199,4 +199,4 @@ def test_the_teacher_writes_and_is_distilled(memorised: Any) -> None:
         assert loss == pytest.approx(0.0, abs=1e-6) if teacher == "parent" else loss > 0.01
         task.model.load_state_dict(known.state_dict())
         assert keeper(0).item() == pytest.approx(0.0, abs=1e-6)
-    assert written["parent"] != written["base"]
+    assert written["parent"] != written["origin"]
