@@ -114,13 +114,14 @@ class Replay:
     Args:
         task: whose earlier requests; the stop rule is asked of all their records together.
         batch_size: records a step, at most.
+        every: steps between two measurements; an epoch over those above the target takes no less.
 
     Attributes:
         now: what was measured last.
     """
 
-    def __init__(self, task: Task, batch_size: int) -> None:
-        self._task, self._batch_size = task, batch_size
+    def __init__(self, task: Task, batch_size: int, *, every: int) -> None:
+        self._task, self._batch_size, self._every = task, batch_size, every
         self.measure()
 
     def measure(self) -> None:
@@ -130,8 +131,9 @@ class Replay:
 
     def __call__(self, step: int) -> list[int]:
         """The records of a step, each at most once; their positions follow those of the forget set."""
+        count = min(self._batch_size, -(-len(self._above) // self._every))
         order = torch.randperm(len(self._above), generator=self._task.generator("replay", step))
-        return [len(self._task.forget) + int(i) for i in self._above[order[: self._batch_size]]]
+        return [len(self._task.forget) + int(i) for i in self._above[order[:count]]]
 
 
 def descend(
@@ -199,7 +201,8 @@ def descend(
     portion = min(pace.batch_size, -(-len(task.forget) // pace.check_every)) if rest else pace.batch_size
     batches = endless_batches(len(task.forget), portion, task.generator("order"))
     records = [*task.forget, *task.earlier]
-    again = Replay(task, replay) if replay and task.earlier else None
+    earlier_every = EARLIER_EVERY * pace.check_every
+    again = Replay(task, replay, every=earlier_every) if replay and task.earlier else None
     device = trained[0].device
     step = 0
 
@@ -241,7 +244,7 @@ def descend(
             history.append(now.row(step))
             worst = now
             if again is not None:
-                if step % (EARLIER_EVERY * pace.check_every) == 0 or step >= min(pace.decay_steps, pace.steps):
+                if step % earlier_every == 0 or step >= min(pace.decay_steps, pace.steps):
                     again.measure()
                 worst = now.worst(again.now)
             met, at_target = task.stop.met(worst), task.stop.met_by(scores)
