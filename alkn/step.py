@@ -121,7 +121,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     if plan.settings.method.name == "retrain":
         task.rest = _rest(project, plan, encoder)
     params: Any = plan.settings.method.params
-    if getattr(params, "replay", 0):
+    if getattr(params, "replays", False):
         task.earlier = _replayed(project, plan, encoder)
         task.origin = lambda: _trainable(_origin(project, plan), runtime, plan.settings)[0]
     with _adapted(task, plan.settings):

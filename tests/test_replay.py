@@ -52,7 +52,7 @@ def two_steps(project: Project) -> None:
 def test_a_replaying_method_is_given_earlier_requests_and_the_base_model(
     tiny_project: Callable[..., Project], tasks: list[Task]
 ) -> None:
-    project = tiny_project("r001", "r002", method={**QUICK, "replay": 4, "teacher": "origin"})
+    project = tiny_project("r001", "r002", method=QUICK)
     two_steps(project)
     first, second = tasks
     encoder = Encoder.of(project.base.model, load_settings(project.step("r002").params))
@@ -67,7 +67,7 @@ def test_a_replaying_method_is_given_earlier_requests_and_the_base_model(
 
 
 def test_others_are_not(tiny_project: Callable[..., Project], tasks: list[Task]) -> None:
-    two_steps(tiny_project("r001", "r002", method=QUICK))
+    two_steps(tiny_project("r001", "r002", method={**QUICK, "replay": 0, "teacher": "parent"}))
     assert [list(task.earlier) for task in tasks] == [[], []] and tasks[1].origin is None
 
 
@@ -75,7 +75,7 @@ def test_an_erased_request_is_not_replayed_and_the_model_that_it_left_teaches(
     tiny_project: Callable[..., Project], tasks: list[Task]
 ) -> None:
     """The base model would bring back what nobody can push down again."""
-    project = tiny_project("r001", "r002", method={**QUICK, "replay": 4, "teacher": "origin"})
+    project = tiny_project("r001", "r002", method=QUICK)
     make_step(project, "r001", previous="base", earlier=())
     gone = Entry(received="2026-01-01", records=4, digest="d", previous="base", erased="2026-02-01")
     save_ledger(project, Ledger(accepted={"r001": gone}))

@@ -165,7 +165,7 @@ def descend(
             larger one, where earlier requests are measured too.
         rest: push no further than asked for: while the last measurement met the target, the forget loss is left
             out of the steps, and before that each record is left out that met it by itself. The others weigh as
-            much as they would beside it. An epoch takes at least the steps between two measurements.
+            much as they would beside it.
         resist: an adversary who relearns, and the loss that is descended at his weights in every step;
             ``None``: nobody. He is there to the last step, whatever rests.
         replay: records of ``task.earlier`` in a step, of those that are above the target by themselves. They are
@@ -197,9 +197,7 @@ def descend(
             task.model, trained, task.forget, resist, earlier=task.earlier, batch_size=pace.batch_size,
             generator=task.generator("adversary"), autocast=task.autocast,
         )  # fmt: skip
-    # Pushed again and again before it is measured, a record of a small request would end far below the target.
-    portion = min(pace.batch_size, -(-len(task.forget) // pace.check_every)) if rest else pace.batch_size
-    batches = endless_batches(len(task.forget), portion, task.generator("order"))
+    batches = endless_batches(len(task.forget), pace.batch_size, task.generator("order"))
     records = [*task.forget, *task.earlier]
     earlier_every = EARLIER_EVERY * pace.check_every
     again = Replay(task, replay, every=earlier_every) if replay and task.earlier else None

@@ -7,6 +7,7 @@ Six presets (docs/METHOD.md): ``interleaved``, the default, and ``resistant`` ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,10 +47,10 @@ def alkn(task: Task, params: AlknParams) -> Outcome:
 def _interleaved(task: Task, p: AlknParams) -> Outcome:
     """Every step negates one step of the forget task vector and repairs, in one AdamW update.
 
-    The repair is the retain cross-entropy and the distillation of θ_{t-1} on records in its own words. The
-    forget part is a loss on the log-odds of the answer tokens: with soft labels it pushes down what is known and
-    rests while the target is met; cross-entropy brings each token to what a background model that never saw the
-    record expects. An adversary who relearns may be held off in the same update.
+    The repair is the retain cross-entropy and the distillation of a teacher on records in its own words: of the model
+    before all requests whose records are replayed. The forget part is a loss on the log-odds of the answer tokens:
+    cross-entropy brings each to what a background model that never saw the record expects; soft labels push down what
+    is known and rest while the target is met. An adversary who relearns may be held off in the same update.
     """
     before, _ = task.measure_stored()
     if task.stop.met(before):
@@ -65,6 +66,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             temperature=p.rehearsal_temperature, teacher=p.teacher,
             by_domain=p.retain_balance == "domains",
         )  # fmt: skip
+    # Pushed again and again before it is measured, a record of a small request would end far below the target.
+    portion = min(p.batch_size, -(-len(task.forget) // p.check_every))
+    pace = replace(p.pace(), batch_size=portion)
     pushes = p.forget_loss == "soft_labels"
     expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
     resist = None
@@ -74,7 +78,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         )
     if pushes:
         pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
-        return descend(task, p.pace(), forget=pushed_down, keep=keep, rest=True, resist=resist, replay=p.replay)
+        return descend(task, pace, forget=pushed_down, keep=keep, rest=True, resist=resist, replay=p.replay)
 
     def lower(step: int, now: Forgetting) -> None:
         """Expect less where it is not enough: of all if too much is guessed right, else of what nobody would guess."""
@@ -84,7 +88,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
                 odds.sub_(p.background_step * ((odds < 0) | guessed))
 
     return descend(
-        task, p.pace(), forget=expectation_loss(expected), keep=keep, on_measure=lower, resist=resist, replay=p.replay
+        task, pace, forget=expectation_loss(expected), keep=keep, on_measure=lower, resist=resist, replay=p.replay
     )
 
 

@@ -41,8 +41,8 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "lr": 5e-4, "retain_batch": 16, "rehearsal_batch": 64, "rehearsal": 2400, "forget_loss": "cross_entropy",
-        "resist_weight": 0.2, "replay": 8, "teacher": "origin", "retain_balance": "domains",
+        "lr": 5e-4, "retain_batch": 16, "rehearsal_batch": 64, "rehearsal": 2400, "resist_weight": 0.2,
+        "retain_balance": "domains",
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -163,7 +163,7 @@ class AlknParams(DescentParams):
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(3e-4, gt=0)
     epochs: int = Field(1, ge=1)
     warmup_epochs: int = Field(0, ge=0)
     soft_labels: bool = True
@@ -194,7 +194,7 @@ class AlknParams(DescentParams):
     scale: float | None = Field(None, gt=0)
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
-    forget_loss: Literal["soft_labels", "cross_entropy"] = "soft_labels"
+    forget_loss: Literal["soft_labels", "cross_entropy"] = "cross_entropy"
     background_sharpness: float = Field(2.0, gt=0)
     background_shift: float = 0.4
     background_lowest: float = -16.0
@@ -205,8 +205,8 @@ class AlknParams(DescentParams):
     resist_steps: int = Field(20, ge=1)
     resist_share: float = Field(0.1, gt=0, lt=1)
     resist_earlier: float = Field(0.5, ge=0)
-    replay: int = Field(0, ge=0)
-    teacher: Teacher = "parent"
+    replay: int = Field(8, ge=0)
+    teacher: Teacher = "origin"
     retain_balance: Literal["records", "domains"] = "records"
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(20, ge=1)
@@ -249,6 +249,11 @@ class AlknParams(DescentParams):
         if self.ternary_share is not None and self.retain_gradient == "paired":
             raise ValueError("ternary_share stores one G_r: it does not go with retain_gradient 'paired'")
         return self
+
+    @property
+    def replays(self) -> bool:
+        """Whether the records of earlier requests are read."""
+        return self.procedure == "interleaved" and self.replay > 0
 
     def hyperparameters(self) -> Hyperparameters:
         """The part that the training loop reads."""

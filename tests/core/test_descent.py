@@ -87,24 +87,6 @@ def test_a_record_whose_knowledge_comes_back_is_pushed_again(memorised: Any, mak
     assert seen[0] == {1, 2, 3, 4} and seen[-1] == set(range(6))
 
 
-@pytest.mark.parametrize(("every", "batch_size", "taken"), [(3, 6, 2), (4, 6, 2), (1, 4, 4), (2, 2, 2), (50, 6, 1)])
-def test_an_epoch_takes_at_least_as_long_as_a_measurement(
-    every: int, batch_size: int, taken: int, memorised: Any
-) -> None:
-    """Six records that are known by heart: with three steps between measurements, two of them a step."""
-    task = Task(memorised.model(), memorised.forget[:6], memorised.retain, StopRule(0.01, 0.1), seed=0)
-    seen: list[tuple[int, ...]] = []
-
-    def forget(model: nn.Module, batch: Batch) -> Tensor:
-        seen.append(tuple(batch.records))
-        return 0.0 * ascent(model, batch)
-
-    pace = replace(PACE, lr=1e-9, steps=12, check_every=every, batch_size=batch_size)
-    descend(task, pace, forget=forget, keep=None, rest=True)
-    assert [len(records) for records in seen] == [taken] * 12
-    assert sorted(record for records in seen for record in records) == sorted([*range(6)] * 2 * taken)
-
-
 def with_earlier(memorised: Any, make_examples: Any, **more: Any) -> Task:
     """Six records to forget; of an earlier request two that the model never saw between four that came back."""
     strange = make_examples(2, seed=77, prompt=(4, 6), answer=(4, 6))

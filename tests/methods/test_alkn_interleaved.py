@@ -51,6 +51,17 @@ def test_interleaved_measures_the_model_that_it_leaves(memorised: Any) -> None:
     assert outcome.history[-1]["p"] == Forgetting.of(score(task.model, memorised.forget)).p
 
 
+@pytest.mark.parametrize(("every", "batch_size", "taken"), [(3, 6, 2), (4, 6, 2), (1, 4, 4), (2, 2, 2), (50, 6, 1)])
+@pytest.mark.parametrize("loss", ["cross_entropy", "soft_labels"])
+def test_an_epoch_takes_at_least_as_long_as_a_measurement(
+    loss: str, every: int, batch_size: int, taken: int, memorised: Any
+) -> None:
+    """Six records that are known by heart: with three steps between measurements, two of them a step."""
+    task = task_of(memorised, stop=NEVER)
+    bare = {"retain_batch": 0, "rehearsal": 0, "lr": 1e-9, "steps": 12, "forget_loss": loss}
+    assert alkn(task, interleaved_of(**bare, check_every=every, batch_size=batch_size)).passes == 12 * taken
+
+
 def test_interleaved_without_rehearsal(memorised: Any) -> None:
     """Then nothing is written, and only retain records keep."""
     task = task_of(memorised, stop=NEVER)
@@ -61,6 +72,9 @@ def test_interleaved_without_retain_records(memorised: Any) -> None:
     """No-retain mode: nothing is kept and nothing is drawn on; asking for either names the keys."""
     task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
     outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0))
+    assert outcome.reached and outcome.passes == 2 * outcome.history[-1]["round"]
+    task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
+    outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0, forget_loss="soft_labels"))
     pushed = [row for row in outcome.history[:-1] if not STOP.met(Forgetting(row["p"], row["exact_memorization"]))]
     assert outcome.reached and 0 < outcome.passes <= 2 * 5 * len(pushed), "two a step, less those that rest"
     with pytest.raises(InputError, match="method.retain_batch, method.rehearsal: there is no retain record"):
@@ -70,12 +84,11 @@ def test_interleaved_without_retain_records(memorised: Any) -> None:
 def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> None:
     """Where the background expects every token, the records stay as likely as that; where none, all are gone."""
     likely: dict[float, Scores] = {}
-    level: dict[str, Any] = {"forget_loss": "cross_entropy"}
     for shift in (3.0, -16.0):
         task = task_of(memorised, stop=NEVER)
         alkn(
             task,
-            interleaved_of(steps=60, background_sharpness=1e-3, background_shift=shift, background_step=0, **level),
+            interleaved_of(steps=120, background_sharpness=1e-3, background_shift=shift, background_step=0),
         )
         likely[shift] = score(task.model, memorised.forget)
     assert float(likely[-16.0].probability.mean()) < 1e-3
@@ -84,7 +97,7 @@ def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> N
 
 
 def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
-    """Without keeping parts: six forget records in batches of 16, one that he has, five that he has not."""
+    """Without keeping parts: two of six forget records a step, one that he has, two of the five that he has not."""
     plain, held = (
         alkn(
             task_of(memorised, stop=NEVER),
@@ -92,12 +105,12 @@ def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
         )
         for weight in (0.0, 0.3)
     )
-    assert (plain.passes, held.passes) == (7 * 16, 7 * (16 + 1 + 5))
+    assert (plain.passes, held.passes) == (7 * 2, 7 * (2 + 1 + 2))
     assert plain.history[-1] != held.history[-1]
 
 
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
     """A background that expects what may not be known: lowered at each measurement, it ends forgotten; else not."""
-    high = {"forget_loss": "cross_entropy", "background_sharpness": 1e-3, "background_shift": 3.0, "steps": 120}
+    high = {"background_sharpness": 1e-3, "background_shift": 3.0, "steps": 120}
     reached = {by: alkn(task_of(memorised), interleaved_of(**high, background_step=by)).reached for by in (0.0, 0.7)}
     assert reached == {0.0: False, 0.7: True}

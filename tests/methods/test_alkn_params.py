@@ -124,8 +124,8 @@ class Watched(AlknParams):
 READ: set[str] = set()
 EVERYTHING: dict[str, list[dict[str, Any]]] = {
     "interleaved": [
-        {"steps": 2, "rehearsal": 2, "decay_steps": 1, "check_every": 1},
-        {"steps": 5, "rehearsal": 2, "forget_loss": "cross_entropy", "decay_steps": 1, "resist_weight": 0.2},
+        {"steps": 2, "rehearsal": 2, "decay_steps": 1, "check_every": 1, "forget_loss": "soft_labels"},
+        {"steps": 5, "rehearsal": 2, "decay_steps": 1, "resist_weight": 0.2},
     ],
     "rounds": [
         {"steps": 2, "criterion": "m", "overlap": "product_std", "repair_steps": 1, "ternary_share": 0.5},
