@@ -114,14 +114,13 @@ class Replay:
     Args:
         task: whose earlier requests; the stop rule is asked of all their records together.
         batch_size: records a step, at most.
-        every: steps between two measurements; an epoch over those above the target takes no less.
 
     Attributes:
         now: what was measured last.
     """
 
-    def __init__(self, task: Task, batch_size: int, *, every: int) -> None:
-        self._task, self._batch_size, self._every = task, batch_size, every
+    def __init__(self, task: Task, batch_size: int) -> None:
+        self._task, self._batch_size = task, batch_size
         self.measure()
 
     def measure(self) -> None:
@@ -131,9 +130,8 @@ class Replay:
 
     def __call__(self, step: int) -> list[int]:
         """The records of a step, each at most once; their positions follow those of the forget set."""
-        count = min(self._batch_size, -(-len(self._above) // self._every))
         order = torch.randperm(len(self._above), generator=self._task.generator("replay", step))
-        return [len(self._task.forget) + int(i) for i in self._above[order[:count]]]
+        return [len(self._task.forget) + int(i) for i in self._above[order[: self._batch_size]]]
 
 
 def descend(
@@ -200,7 +198,7 @@ def descend(
     batches = endless_batches(len(task.forget), pace.batch_size, task.generator("order"))
     records = [*task.forget, *task.earlier]
     earlier_every = EARLIER_EVERY * pace.check_every
-    again = Replay(task, replay, every=earlier_every) if replay and task.earlier else None
+    again = Replay(task, replay) if replay and task.earlier else None
     device = trained[0].device
     step = 0
 
