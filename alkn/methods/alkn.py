@@ -21,7 +21,7 @@ from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask,
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Example, Scores
 from alkn.core.training import answer_loss, expectation_loss, fine_tune, suppression_loss
-from alkn.core.unlearning import Forgetting, Outcome, Task
+from alkn.core.unlearning import Forgetting, Outcome, StopRule, Task
 from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
 from alkn.methods.alkn_params import (
@@ -81,11 +81,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         return descend(task, pace, forget=pushed_down, keep=keep, rest=True, resist=resist, replay=p.replay)
 
     def lower(step: int, now: Forgetting) -> None:
-        """Expect less where it is not enough: of all if too much is guessed right, else of what nobody would guess."""
-        guessed = now.exact_memorization > task.stop.exact_memorization
-        if 3 * step >= p.decay_steps and (guessed or now.p > task.stop.p):
-            for odds in expected:
-                odds.sub_(p.background_step * ((odds < 0) | guessed))
+        if 3 * step >= p.decay_steps:
+            _lower(expected, now, task.stop, p.background_step)
 
     return descend(
         task, pace, forget=expectation_loss(expected), keep=keep, on_measure=lower, resist=resist, replay=p.replay
@@ -93,13 +90,37 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
 
 
 def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:
-    """The log-odds that each token to forget shall have: sharpness · logit P(background) + shift, bounded."""
+    """The log-odds that each token to forget shall have: sharpness · logit P(background) + shift, bounded.
+
+    Lowered until who says just that meets the target: of answers that are built alike it would guess too much.
+    """
     config: Any = task.model.config
     background = BackgroundModel(pool, vocab_size=config.get_text_config().vocab_size)
     odds = [torch.logit(background.answer(example)) for example in (*task.forget, *task.earlier)]
-    return [
+    expected = [
         (p.background_sharpness * z + p.background_shift).clamp(p.background_lowest, p.background_highest) for z in odds
     ]
+    span = p.background_highest - p.background_lowest
+    for _ in range(int(span / p.background_step) if p.background_step else 0):
+        if not _lower(expected, _said(expected), task.stop, p.background_step):
+            break
+    return expected
+
+
+def _said(odds: Sequence[Tensor]) -> Forgetting:
+    """The two numbers of a model that gives each answer token these log-odds; above 0 it is the first choice."""
+    p = torch.stack([torch.exp(torch.nn.functional.logsigmoid(z).mean()) for z in odds])
+    guessed = torch.stack([(z > 0).float().mean() for z in odds])
+    return Forgetting(float(p.mean()), float(guessed.mean()))
+
+
+def _lower(odds: Sequence[Tensor], now: Forgetting, stop: StopRule, by: float) -> bool:
+    """Expect less if the target is missed: of all if too much is guessed right, else of what nobody would guess."""
+    guessed = now.exact_memorization > stop.exact_memorization
+    missed = guessed or now.p > stop.p
+    for z in odds if missed else ():
+        z.sub_(by * ((z < 0) | guessed))
+    return missed
 
 
 def _in_rounds(task: Task, p: AlknParams) -> Outcome:
