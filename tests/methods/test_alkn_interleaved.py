@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from alkn_cases import NEVER, STOP, interleaved_of, p_of, task_of
+from scipy.special import expit
 
+from alkn.core.background import BackgroundModel
 from alkn.core.scoring import Scores, score
-from alkn.core.unlearning import Forgetting, Task
+from alkn.core.unlearning import Forgetting, StopRule, Task
 from alkn.errors import InputError
-from alkn.methods.alkn import alkn
+from alkn.methods.alkn import _expected_odds, alkn
 from alkn.methods.alkn_params import AlknParams
 
 
@@ -107,6 +109,28 @@ def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
     )
     assert (plain.passes, held.passes) == (7 * 2, 7 * (2 + 1 + 2))
     assert plain.history[-1] != held.history[-1]
+
+
+@pytest.mark.parametrize(("by", "expected"), [(0.0, 3.0), (0.2, -4.6)])
+def test_a_level_that_would_miss_the_target_is_lowered_before_the_training(
+    by: float, expected: float, memorised: Any
+) -> None:
+    """From log-odds of 3 everywhere in steps of 0.2: below 0 nothing is guessed, and expit(−4.6) = 0.00995 is the first
+    P of at most 0.01."""
+    p = interleaved_of(background_sharpness=1e-6, background_shift=3.0, background_step=by)
+    odds = torch.cat(_expected_odds(task_of(memorised), memorised.retain, p))
+    torch.testing.assert_close(odds, torch.full_like(odds, expected), atol=1e-3, rtol=0)
+    assert (expit(expected) <= STOP.p) == (by > 0) and expit(expected + 0.2) > STOP.p
+
+
+def test_a_level_at_the_target_is_left_alone(memorised: Any) -> None:
+    """Sharpness and shift of the background's log-odds, within the bounds; with a target that anything meets."""
+    p = interleaved_of(background_lowest=-8.0)
+    task = task_of(memorised, stop=StopRule(1.0, 1.0))
+    found = _expected_odds(task, memorised.retain, p)
+    background = BackgroundModel(memorised.retain, vocab_size=300)
+    for odds, example in zip(found, memorised.forget, strict=True):
+        torch.testing.assert_close(odds, (2 * torch.logit(background.answer(example)) + 0.4).clamp(-8, 3))
 
 
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
