@@ -66,10 +66,10 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             temperature=p.rehearsal_temperature, teacher=p.teacher,
             by_domain=p.retain_balance == "domains",
         )  # fmt: skip
-    # Pushed again and again before it is measured, a record of a small request would end far below the target.
-    portion = min(p.batch_size, -(-len(task.forget) // p.check_every))
-    pace = replace(p.pace(), batch_size=portion)
     pushes = p.forget_loss == "soft_labels"
+    # Pushed again and again before it is measured, a record of a small request would end far below the target.
+    most = -(-len(task.forget) // p.check_every) if pushes else len(task.forget)
+    pace = replace(p.pace(), batch_size=min(p.batch_size, most))
     expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
     resist = None
     if p.resist_weight:
