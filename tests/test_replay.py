@@ -1,4 +1,4 @@
-"""Earlier requests in a later step: whose records the method is given, what θ_0 is, and what erasure forbids."""
+"""Earlier requests in a later step: whose records the method is given, and which model teaches, after an erasure too."""
 
 from __future__ import annotations
 
