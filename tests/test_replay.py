@@ -1,4 +1,4 @@
-"""Earlier requests in a later step: whose records the method is given, and which model teaches, after an erasure too."""
+"""Earlier requests in a later step: whose records the method is given, and which model teaches."""
 
 from __future__ import annotations
 
