@@ -122,21 +122,23 @@ def suppression_loss(*, scale: float, midpoint: float) -> Loss:
     return loss
 
 
-def expectation_loss(targets: Sequence[Tensor]) -> Loss:
-    """Bring every answer token to an expected probability by binary cross-entropy; each record weighs the same.
+def expectation_loss(targets: Sequence[Tensor], *, temperature: float = 1.0) -> Loss:
+    """Bring every answer token to expected log-odds by binary cross-entropy; each record weighs the same.
 
-    In the log-odds z of a token its slope is π − σ(target): about one while the token is known, fading as
-    it is forgotten, turned round below the target. It is the entropic soft label with a zero that does
-    not lie at forgetting everything.
+    In the log-odds z of a token its slope is σ(z/T) − σ(target/T): towards one while the token is known, zero at the
+    target, turned round below it. It is the entropic soft label with a zero that does not lie at forgetting
+    everything. At T = 1 it fades as soon as the token is improbable, however far the target is; above, it goes on.
 
     Args:
         targets: per record of the training set, log-odds of each answer token, ``[answer_length]``.
+        temperature: T > 0, by which the log-odds are divided; the loss is multiplied by it.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         odds = _log_odds(answer_logits(model, batch), batch.targets)
-        wanted = torch.cat([targets[i] for i in batch.records]).to(odds.device).sigmoid()
-        return _mean_over_records(nn.functional.softplus(odds) - wanted * odds, batch)
+        wanted = torch.cat([targets[i] for i in batch.records]).to(odds.device)
+        surprise = temperature * nn.functional.softplus(odds / temperature)
+        return _mean_over_records(surprise - torch.sigmoid(wanted / temperature) * odds, batch)
 
     return loss
 

@@ -71,11 +71,10 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     most = -(-len(task.forget) // p.check_every) if pushes else len(task.forget)
     pace = replace(p.pace(), batch_size=min(p.batch_size, most))
     expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
+    to_level = expectation_loss(expected, temperature=p.background_temperature)
     resist = None
     if p.resist_weight:
-        resist = Resistance(
-            expectation_loss(expected), p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier
-        )
+        resist = Resistance(to_level, p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier)
     if pushes:
         pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
         return descend(task, pace, forget=pushed_down, keep=keep, rest=True, resist=resist, replay=p.replay)
@@ -84,13 +83,11 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         if 3 * step >= p.decay_steps:
             _lower(expected, now, task.stop, p.background_step)
 
-    return descend(
-        task, pace, forget=expectation_loss(expected), keep=keep, on_measure=lower, resist=resist, replay=p.replay
-    )
+    return descend(task, pace, forget=to_level, keep=keep, on_measure=lower, resist=resist, replay=p.replay)
 
 
 def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:
-    """The log-odds that each token to forget shall have: sharpness · logit P(background) + shift, bounded.
+    """The log-odds that each token to forget shall have: T · (logit P(background) + shift), bounded.
 
     Lowered until who says just that meets the target: of answers that are built alike it would guess too much.
     """
@@ -98,7 +95,8 @@ def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[T
     background = BackgroundModel(pool, vocab_size=config.get_text_config().vocab_size)
     odds = [torch.logit(background.answer(example)) for example in (*task.forget, *task.earlier)]
     expected = [
-        (p.background_sharpness * z + p.background_shift).clamp(p.background_lowest, p.background_highest) for z in odds
+        (p.background_temperature * (z + p.background_shift)).clamp(p.background_lowest, p.background_highest)
+        for z in odds
     ]
     span = p.background_highest - p.background_lowest
     for _ in range(int(span / p.background_step) if p.background_step else 0):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.special import expit, log_softmax
+from scipy.special import expit, log_softmax, logit
 from torch import nn
 
 from alkn.core.generation import greedy
@@ -70,8 +70,25 @@ def test_expectation_loss_against_numpy(make_model: Any, make_examples: Any, ful
         own.append(torch.logit(torch.tensor(p)))
     batch = collate(examples, range(5), device=CPU)
     assert expectation_loss(targets)(model, batch).item() == pytest.approx(np.mean(means), rel=1e-4)
-    gradient = torch.autograd.grad(expectation_loss(own)(model, batch), list(model.parameters()))
-    assert max(float(g.abs().max()) for g in gradient) < 1e-5
+    for temperature in (1.0, 4.0):
+        loss = expectation_loss(own, temperature=temperature)(model, batch)
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        assert max(float(g.abs().max()) for g in gradient) < 1e-5
+
+
+def test_expectation_loss_at_a_temperature(make_model: Any, make_examples: Any, full_forward: Any) -> None:
+    """T times the binary cross-entropy of σ(z/T) towards σ(target/T), per token, then record, then over records."""
+    model, examples, temperature = make_model("llama", std=0.5), make_examples(5), 4.0
+    targets = [torch.linspace(-9, 4, e.answer_length) for e in examples]
+    means = []
+    for example, target in zip(examples, targets, strict=True):
+        log_p, tokens = answer_rows(model, [example], full_forward)
+        p = expit(logit(np.exp(log_p[np.arange(len(tokens)), tokens])) / temperature)
+        q = expit(target.numpy().astype(np.float64) / temperature)
+        means.append(-temperature * (q * np.log(p) + (1 - q) * np.log1p(-p)).mean())
+    batch = collate(examples, range(5), device=CPU)
+    loss = expectation_loss(targets, temperature=temperature)(model, batch)
+    assert loss.item() == pytest.approx(np.mean(means), rel=1e-4)
 
 
 def test_distillation_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from alkn_cases import PRESETS, STOP, changes, interleaved_of, rounds_of, task_of
+from alkn_cases import PRESETS, interleaved_of, rounds_of
+from method_cases import STOP, changes, task_of
 from safetensors.torch import load_file, save_file
 
 from alkn.core.scoring import score
@@ -80,7 +81,7 @@ def test_m_grows_as_a_union_over_requests(values: dict[str, Any], memorised: Any
     save_file(left, tmp_path / "state.safetensors")
     second = task_of(
         memorised,
-        second=True,
+        forget=memorised.second,
         model=first.model,
         stop=StopRule(0.5, 1.0),
         state=load_file(tmp_path / "state.safetensors"),
@@ -97,9 +98,9 @@ def test_reference_reuses_the_first_requests_thresholds(memorised: Any) -> None:
     _, first = run(memorised, "reference")
     thresholds = {key: t for key, t in first.state.items() if key.startswith("eta.")}
     assert len(thresholds) == 20
-    _, second = run(memorised, "reference", second=True, state=first.state)
+    _, second = run(memorised, "reference", forget=memorised.second, state=first.state)
     assert all(torch.equal(second.state[key], t) for key, t in thresholds.items())
-    _, alone = run(memorised, "reference", second=True)
+    _, alone = run(memorised, "reference", forget=memorised.second)
     assert any(not torch.equal(alone.state[key], t) for key, t in thresholds.items())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from alkn_cases import NEVER, STOP, changes, p_of, task_of
+from method_cases import NEVER, STOP, changes, p_of, task_of
 from scipy.special import expit
 from torch import Tensor, nn
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from alkn_cases import NEVER, PRESETS, task_of
+from alkn_cases import PRESETS
+from method_cases import NEVER, task_of
 from pydantic import ValidationError
 
 from alkn.methods.alkn import alkn

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from alkn_cases import NEVER, STOP, changes, p_of, rounds_of, task_of
+from alkn_cases import rounds_of
+from method_cases import NEVER, STOP, changes, p_of, task_of
 from scipy.special import expit
 
 from alkn.core.scoring import mean_gradient, score
