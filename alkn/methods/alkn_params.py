@@ -41,8 +41,7 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "lr": 5e-4, "retain_batch": 16, "rehearsal_batch": 64, "rehearsal": 2400, "resist_weight": 0.2,
-        "retain_balance": "domains",
+        "retain_batch": 16, "rehearsal_batch": 64, "rehearsal": 2400, "resist_weight": 0.2, "retain_balance": "domains",
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -163,7 +162,7 @@ class AlknParams(DescentParams):
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(5e-4, gt=0)
     epochs: int = Field(1, ge=1)
     warmup_epochs: int = Field(0, ge=0)
     soft_labels: bool = True
