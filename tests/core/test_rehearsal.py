@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from randomness import seeded
 from scipy.special import expit, log_softmax, logit
 from torch import nn
 
@@ -19,10 +20,6 @@ from alkn.core.training import distillation_loss, expectation_loss, suppression_
 from alkn.core.unlearning import StopRule, Task
 
 CPU = torch.device("cpu")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def answer_rows(model: nn.Module, examples: list[Example], full_forward: Any) -> tuple[np.ndarray, np.ndarray]:

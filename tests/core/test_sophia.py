@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from randomness import seeded
 from scipy.special import softmax
 from torch import Tensor, nn
 
@@ -16,10 +17,6 @@ from alkn.core.sophia import Sophia, gauss_newton_bartlett, hutchinson
 from alkn.core.training import answer_loss
 
 CPU = torch.device("cpu")
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_sophia_against_numpy() -> None:

@@ -35,10 +35,6 @@ def call(name: str, task: Task, **params: Any) -> Outcome:
     return outcome
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def mean_nll(model: nn.Module, records: Sequence[Example], full_forward: Any) -> Tensor:
     """Over all answer tokens, as a batch's loss is."""
     return torch.cat([full_forward(model, e)[0] for e in records]).mean()

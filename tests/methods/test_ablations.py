@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_cases import NEVER, task_of
 from torch import Tensor
 
 from alkn.core.scoring import score
-from alkn.core.unlearning import Outcome, StopRule, Task
+from alkn.core.unlearning import Outcome, Task
 from alkn.methods.alkn import alkn
 from alkn.methods.alkn_once import MaskedTraining
 from alkn.methods.alkn_params import READ_BY, AlknParams, label_weights
 
-NEVER = StopRule(p=0.0, exact_memorization=0.0)
 ONCE = ("derived", "reference", "paper")
 PRESETS = ("rounds", *ONCE)
 NO_DGS: dict[str, Any] = {"share": 1.0, "share_end": 1.0}
@@ -36,10 +36,7 @@ def params(preset: str, **more: Any) -> AlknParams:
 
 
 def run(memorised: Any, p: AlknParams, *, state: dict[str, Tensor] | None = None) -> tuple[Task, Outcome]:
-    task = Task(
-        model=memorised.model(), forget=memorised.forget, retain=memorised.retain, stop=NEVER, seed=0,
-        state=state or {},
-    )  # fmt: skip
+    task = task_of(memorised, stop=NEVER, state=state or {})
     return task, alkn(task, p)
 
 

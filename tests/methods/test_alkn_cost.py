@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from alkn_cases import rounds_of
+from method_cases import NEVER, STOP, task_of
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -16,20 +18,9 @@ from alkn.core.unlearning import Outcome, StopRule, Task
 from alkn.methods.alkn import alkn
 from alkn.methods.alkn_params import AlknParams, empty_m, stored_gradient
 
-STOP = StopRule(p=0.01, exact_memorization=0.2)
-NEVER = StopRule(p=0.0, exact_memorization=0.0)
-
-
-def rounds_of(**more: Any) -> AlknParams:
-    return AlknParams.model_validate({"preset": "rounds", "lr": 5e-3, "retain_sample": 9} | more)
-
-
-def task_of(memorised: Any, stop: StopRule = STOP, **more: Any) -> Task:
-    return Task(model=memorised.model(), forget=memorised.forget, retain=memorised.retain, stop=stop, seed=0, **more)
-
 
 def run(memorised: Any, stop: StopRule = STOP, **more: Any) -> tuple[Task, Outcome]:
-    task = task_of(memorised, stop)
+    task = task_of(memorised, stop=stop)
     return task, alkn(task, rounds_of(**more))
 
 
@@ -164,7 +155,7 @@ def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: s
 @pytest.mark.parametrize("more", [{"gradient_dtype": "bf16"}, {"ternary_share": 0.5}])
 def test_a_single_negation_takes_them_too(more: dict[str, Any], memorised: Any) -> None:
     """``paper`` with a G_r in fewer bytes: the same passes, a mask of about the same size, another one."""
-    plain, small = task_of(memorised, NEVER), task_of(memorised, NEVER)
+    plain, small = task_of(memorised, stop=NEVER), task_of(memorised, stop=NEVER)
     a = alkn(plain, AlknParams(preset="paper", lr=1e-3))
     b = alkn(small, AlknParams.model_validate({"preset": "paper", "lr": 1e-3} | more))
     masks = [torch.cat([t.reshape(-1) for t in o.state.values()]) for o in (a, b)]

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from baseline_cases import call, seeded
+from baseline_cases import call
 from method_cases import NEVER, p_of, task_of
+from randomness import seeded
 from transformers import PreTrainedTokenizerBase
 
 from alkn.core.scoring import Example, score

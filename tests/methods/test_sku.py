@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from baseline_cases import Finished, call, seeded
+from baseline_cases import Finished, call
 from method_cases import CPU, NEVER, changes, p_of, task_of
+from randomness import seeded
 from scipy.special import log_softmax
 from torch import nn
 
