@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -19,6 +19,7 @@ from alkn.settings import Settings, load_settings, validate_settings
 
 REPOSITORY = Path(__file__).parent.parent
 COMPARISONS = set((REPOSITORY / "configs").glob("compare_*.yaml"))
+PRESETS = get_args(AlknParams.model_fields["preset"].annotation)
 Load = Callable[..., Settings]
 Fails = Callable[..., str]
 
@@ -359,7 +360,7 @@ def test_bad_overrides(fails: Fails) -> None:
     assert "params.yaml: seed: " in fails("seed: 5", "seed.x=3")
 
 
-@pytest.mark.parametrize("preset", ["interleaved", "rounds", "derived", "reference", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_in_the_file(preset: str, load: Load) -> None:
     """The method's section is its parameters, filled in from the preset."""
     settings = load(f"method: {{name: alkn, preset: {preset}, lr: 0.5}}")
@@ -392,7 +393,7 @@ def test_the_part_of_a_step_holds_what_it_computes_with(load: Load) -> None:
         assert load(change).of_step() != load("").of_step()
 
 
-@pytest.mark.parametrize("preset", ["interleaved", "rounds", "derived", "reference", "paper"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_part_of_a_step_survives_being_written_and_read(preset: str, load: Load, tmp_path: Path) -> None:
     """Through YAML and JSON, twice: what is frozen beside a step gives the same settings and the same digest."""
     part = load(f"method: {{name: alkn, preset: {preset}, clip: null}}\ntargets: {{p: holdout}}").of_step()
