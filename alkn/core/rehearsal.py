@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from alkn.core.damage import through_damage
 from alkn.core.generation import greedy
 from alkn.core.scoring import Example, Progress, collate, mean_gradient, no_progress
 from alkn.core.training import Hyperparameters, Loss, answer_loss, distillation_loss, fine_tune, linear_warmup
@@ -120,6 +121,7 @@ class Keeper:
         teacher: who writes and is distilled, see :meth:`alkn.core.unlearning.Task.teacher`.
         by_domain: each domain of the retain records is drawn as often as any other in the keeping loss and in the
             prompts, however few its records are.
+        damage: of the answers that are distilled, see :func:`alkn.core.damage.damaged`.
 
     Attributes:
         pool: the retain records, then the written ones.
@@ -141,6 +143,7 @@ class Keeper:
         temperature: float = 1.0,
         teacher: Teacher = "parent",
         by_domain: bool = False,
+        damage: float = 0.0,
     ) -> None:
         self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
@@ -150,7 +153,8 @@ class Keeper:
         self._distillation: Loss | None = None
         if steps or rehearsal:
             known = task.teacher(teacher)
-            self._distillation = distillation_loss(known, temperature=temperature)
+            distillation = distillation_loss(known, temperature=temperature)
+            self._distillation = through_damage(distillation, damage, task.generator("damage", "keep"))
         if rehearsal:
             self._written = rehearsal_set(
                 known,

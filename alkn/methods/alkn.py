@@ -16,6 +16,7 @@ from torch import Tensor
 from alkn.core.adversary import Resistance
 from alkn.core.background import BackgroundModel
 from alkn.core.calibration import smallest_scale
+from alkn.core.damage import through_damage
 from alkn.core.descent import descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
 from alkn.core.rehearsal import Keeper
@@ -50,7 +51,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     The repair is the retain cross-entropy and the distillation of a teacher on records in its own words: of the model
     before all requests whose records are replayed. The forget part is a loss on the log-odds of the answer tokens:
     cross-entropy brings each to what a background model that never saw the record expects; soft labels push down what
-    is known and rest while the target is met. An adversary who relearns may be held off in the same update.
+    is known and rest while the target is met. What is forgotten and what the teacher says is asked for behind damaged
+    answers too. An adversary who relearns may be held off in the same update.
     """
     before, _ = task.measure_stored()
     if task.stop.met(before):
@@ -64,19 +66,21 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         keep = Keeper(
             task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch,
             temperature=p.rehearsal_temperature, teacher=p.teacher,
-            by_domain=p.retain_balance == "domains",
+            by_domain=p.retain_balance == "domains", damage=p.damage,
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
     # Pushed again and again before it is measured, a record of a small request would end far below the target.
     most = -(-len(task.forget) // p.check_every) if pushes else len(task.forget)
     pace = replace(p.pace(), batch_size=min(p.batch_size, most))
     expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
-    to_level = expectation_loss(expected, temperature=p.background_temperature)
+    by_chance = task.generator("damage")
+    to_level = through_damage(expectation_loss(expected, temperature=p.background_temperature), p.damage, by_chance)
     resist = None
     if p.resist_weight:
         resist = Resistance(to_level, p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier)
     if pushes:
         pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
+        pushed_down = through_damage(pushed_down, p.damage, by_chance)
         return descend(task, pace, forget=pushed_down, keep=keep, rest=True, resist=resist, replay=p.replay)
 
     def lower(step: int, now: Forgetting) -> None:

@@ -65,7 +65,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "background_temperature",
             "background_shift", "background_lowest", "background_highest", "background_step",
             "forget_loss", "resist_weight", "resist_lr", "resist_steps", "resist_share", "resist_earlier", "replay",
-            "teacher", "retain_balance",
+            "teacher", "retain_balance", "damage",
         ),
         ("interleaved",),
     ),
@@ -141,6 +141,8 @@ class AlknParams(DescentParams):
             :class:`alkn.core.background.BackgroundModel` gives it; ``cross_entropy`` is taken at T too.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
+        damage: interleaved: share of the answer tokens in the input that are replaced, in half of the records of each
+            batch that are forgotten or distilled, see :func:`alkn.core.damage.damaged`; 0: none.
         resist_weight, resist_lr, resist_steps, resist_share: interleaved: the adversary who relearns, and how much is
             done about him, see :class:`alkn.core.adversary.Resistance`; the loss at his weights is the one of
             ``cross_entropy``. Weight 0: there is none.
@@ -199,6 +201,7 @@ class AlknParams(DescentParams):
     background_lowest: float = -16.0
     background_highest: float = 3.0
     background_step: float = Field(0.2, ge=0)
+    damage: float = Field(0.4, ge=0, lt=1)
     resist_weight: float = Field(0.0, ge=0)
     resist_lr: float = Field(1e-3, gt=0)
     resist_steps: int = Field(20, ge=1)

@@ -13,6 +13,7 @@ from randomness import seeded
 from scipy.special import expit, log_softmax, logit
 from torch import nn
 
+from alkn.core.damage import damaged
 from alkn.core.generation import greedy
 from alkn.core.rehearsal import Keeper, evenly, rehearsal_set, spliced_prompts
 from alkn.core.scoring import Example, collate, endless_batches, score
@@ -214,3 +215,25 @@ def test_the_teacher_writes_and_is_distilled(memorised: Any) -> None:
         task.model.load_state_dict(known.state_dict())
         assert keeper(0).item() == pytest.approx(0.0, abs=1e-6)
     assert written["parent"] != written["origin"]
+
+
+def test_the_teacher_is_distilled_behind_damaged_answers(memorised: Any) -> None:
+    """KL(teacher ‖ θ) by full forwards of both on the same damaged input; other damage at the next call."""
+    task = Task(memorised.model(), memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0)
+    keeper = Keeper(task, rehearsal=4, rehearsal_batch=5, damage=0.7)
+    teacher = memorised.model()
+    with torch.no_grad():
+        for p in task.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
+    chances, found = task.generator("damage", "keep"), []
+    for _ in range(2):
+        picks = torch.randint(len(keeper.pool) - 12, (5,), generator=task.generator("keep", 0)) + 12
+        batch = damaged(collate(keeper.pool, picks.tolist(), device=CPU), 0.7, chances)
+        with torch.no_grad():
+            known, now = (
+                log_softmax(m(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions].double().numpy(), -1)
+                for m in (teacher, task.model)
+            )
+        found.append(keeper(0).item())
+        assert found[-1] == pytest.approx(float((np.exp(known) * (known - now)).sum(1).mean()), rel=1e-4)
+    assert found[0] != found[1]
