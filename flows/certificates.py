@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flows.console import JSON, here, say
+
 if TYPE_CHECKING:
     from alkn.project import Project
     from alkn.report.sealing import Line
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 OUT = click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default="reports/certificates",
     help="Folder that ID.json and ID.pdf go to [default: reports/certificates].",
@@ -51,14 +52,13 @@ def issue(request_id: str, out: Path, as_json: bool) -> None:
     from datetime import UTC, datetime
 
     from alkn.files import write_bytes, write_json
-    from alkn.project import Project
     from alkn.report.certificate import certificate_of
     from alkn.report.facts import read_decided
     from alkn.report.pdf import certificate_pdf
     from alkn.report.sealing import digest_of_document, seal
     from alkn.report.signing import fingerprint, private_path, public_bytes, public_path, signing_key
 
-    project = Project.at(Path("."))
+    project = here()
     facts = read_decided(project, request_id)
     key, made = signing_key(project)
     document = certificate_of(
@@ -73,7 +73,7 @@ def issue(request_id: str, out: Path, as_json: bool) -> None:
     write_bytes(paper, pdf)
     write_json(file, seal(document, pdf, key))
     if made:
-        click.echo(
+        say(
             f"a key to sign with was made: {private_path(project).relative_to(project.root)} (back it up, show it to"
             f" nobody) and {public_path(project).relative_to(project.root)} (put it into git)",
             err=True,
@@ -83,11 +83,11 @@ def issue(request_id: str, out: Path, as_json: bool) -> None:
         "document": digest_of_document(document), "key": document["issuer"]["key"],
     }  # fmt: skip
     if as_json:
-        click.echo(json.dumps(answer))
+        say(json.dumps(answer))
         return
-    click.echo(document["statement"])
+    say(document["statement"])
     for name in ("json", "pdf", "document", "key"):
-        click.echo(f"{name:<9} {answer[name]}")
+        say(f"{name:<9} {answer[name]}")
 
 
 @certificate.command("verify")
@@ -119,7 +119,7 @@ def verify(file: Path, folder: Path | None, public_key: Path | None, as_json: bo
     good = not any(line.state == "differs" for line in lines)
     if as_json:
         found = [{"what": line.what, "state": line.state, "detail": line.detail} for line in lines]
-        click.echo(json.dumps({"good": good, "lines": found}))
+        say(json.dumps({"good": good, "lines": found}))
     else:
         _show(lines, good)
     if not good:
@@ -131,11 +131,11 @@ def _project(folder: Path | None, public_key: Path | None) -> Project | None:
 
     if folder is not None:
         return Project.at(folder)
-    here = Project(Path(".").resolve())
-    return here if public_key is None and here.params.is_file() and here.ledger.is_file() else None
+    project = Project(Path(".").resolve())
+    return project if public_key is None and project.params.is_file() and project.ledger.is_file() else None
 
 
 def _show(lines: list[Line], good: bool) -> None:
     for line in lines:
-        click.echo(f"{SIGN[line.state]:<11}  {line.what}{': ' if line.detail else ''}{line.detail}")
-    click.echo("verified" if good else "NOT verified")
+        say(f"{SIGN[line.state]:<11}  {line.what}{': ' if line.detail else ''}{line.detail}")
+    say("verified" if good else "NOT verified")

@@ -6,18 +6,18 @@ import errno
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from flows.certificates import certificate
+from flows.console import JSON, here, say, show_table
+from flows.requests import request
+from flows.stages import stage
 
 if TYPE_CHECKING:
     from alkn.project import Project
-
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,98 +62,7 @@ def init(
 
         prepare_data.fn(project, project.settings())
         commit_to_git(project, project.settings())
-    _say(f"{folder} is ready. Next: cd {folder}; alkn request add FILE; alkn run")
-
-
-@cli.group()
-def request() -> None:
-    """Deletion requests: add, list, show, withdraw."""
-
-
-@request.command("add")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option("--id", "request_id", help="Its id [default: the next r001, r002, ...].")
-@click.option("--due", help="The day it must be done by, YYYY-MM-DD.")
-@JSON
-def request_add(file: Path, request_id: str | None, due: str | None, as_json: bool) -> None:
-    """Validate a file of records and enter it into the ledger."""
-    from datetime import date
-
-    from alkn.requests.intake import add_request
-    from tasks import versioning
-
-    project = _project()
-    added = add_request(
-        project, project.settings(), file, request_id=request_id, due=due, today=date.today(),
-        track=lambda path: versioning.track_file(project, path),
-    )  # fmt: skip
-    if as_json:
-        _say(json.dumps({"request": added.request, **added.entry.model_dump()}))
-        return
-    _say(f"request {added.request}: {added.entry.records} records, pending")
-    for name, count in added.entry.overlaps.items():
-        _say(f"warning: {count} of them stand in {name} too, in the same or nearly the same words")
-
-
-@request.command("list")
-@JSON
-def request_list(as_json: bool) -> None:
-    """All requests with their dates and verdicts."""
-    from alkn.requests.ledger import Ledger, load_ledger
-
-    ledger = load_ledger(_project())
-    rows = [
-        {"request": name, "verdict": verdict, **getattr(ledger, verdict)[name].model_dump()}
-        for verdict in Ledger.model_fields
-        for name in getattr(ledger, verdict)
-    ]
-    if as_json:
-        _say(json.dumps(rows))
-        return
-    columns = ("request", "verdict", "records", "received", "due", "previous")
-    _table("Requests", columns, [[row[c] for c in columns] for row in rows])
-
-
-@request.command("show")
-@click.argument("request_id")
-@JSON
-def request_show(request_id: str, as_json: bool) -> None:
-    """One request: its entry, its verdict and every gate's checks."""
-    from alkn.files import read_json
-    from alkn.requests.ledger import load_ledger
-    from alkn.summary import chain_rows
-
-    project = _project()
-    ledger = load_ledger(project)
-    entry = ledger.entry(request_id)
-    row = next(row for row in chain_rows(project, ledger) if row["request"] == request_id)
-    gate = project.step(request_id).gate
-    gates = read_json(gate)["gates"] if gate.is_file() else {}
-    if as_json:
-        _say(json.dumps({**entry.model_dump(), **row, "gates": gates}))
-        return
-    for name, value in {**entry.model_dump(), **row}.items():
-        if value not in (None, {}, []):
-            _say(f"{name:<13} {value}")
-    checks = [
-        [name, c["what"], _number(c["value"]), _number(c["limit"]), "passed" if c["passed"] else "failed"]
-        for name, verdict in gates.items()
-        for c in verdict["checks"]
-    ]
-    _table("Gates", ("gate", "check", "value", "limit", ""), checks)
-
-
-@request.command("withdraw")
-@click.argument("request_id")
-def request_withdraw(request_id: str) -> None:
-    """Take a pending request out of the queue."""
-    from datetime import date
-
-    from alkn.requests.ledger import editing
-
-    with editing(_project()) as ledger:
-        ledger.withdraw(request_id, day=date.today())
-    _say(f"request {request_id}: withdrawn")
+    say(f"{folder} is ready. Next: cd {folder}; alkn request add FILE; alkn run")
 
 
 @cli.command()
@@ -162,7 +71,7 @@ def request_withdraw(request_id: str) -> None:
 @JSON
 def run(overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
     """Process what is pending, in the ledger's order, in this process."""
-    project = _project()
+    project = here()
     settings = project.settings(overrides)
     if dry_run:
         _dry_run(project, settings, as_json)
@@ -182,7 +91,7 @@ def run(overrides: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
             decided = rejected.decided
     _show_report(project, as_json)
     if not decided and not as_json:
-        _say("nothing was pending")
+        say("nothing was pending")
     if any(not row["accepted"] for row in decided):
         sys.exit(1)
 
@@ -192,7 +101,7 @@ def serve() -> None:
     """Serve the deployments with their schedules, until stopped."""
     from flows.server import serve_deployments
 
-    serve_deployments(_project())
+    serve_deployments(here())
 
 
 @cli.command()
@@ -204,12 +113,12 @@ def serve() -> None:
 def report(page: Path | None, as_json: bool) -> None:
     """The chain as a table, or as one page of HTML that needs no network."""
     if page is None:
-        _show_report(_project(), as_json)
+        _show_report(here(), as_json)
         return
     from flows.reporting import write_page
 
-    answer = write_page(_project(), page)
-    _say(json.dumps(answer) if as_json else f"{answer['html']}: {answer['requests']} requests decided")
+    answer = write_page(here(), page)
+    say(json.dumps(answer) if as_json else f"{answer['html']}: {answer['requests']} requests decided")
 
 
 @cli.command()
@@ -219,11 +128,11 @@ def champion(as_json: bool) -> None:
     from alkn.manifest import check_step
     from alkn.requests.ledger import load_ledger
 
-    project = _project()
+    project = here()
     step = project.step(load_ledger(project).newest)
     manifest = check_step(step)
     answer = {"request": step.id, "path": str(step.model), "digest": manifest["outputs"]["model"]}
-    _say(json.dumps(answer) if as_json else str(step.model))
+    say(json.dumps(answer) if as_json else str(step.model))
 
 
 @cli.command()
@@ -238,19 +147,19 @@ def evaluate(exact: bool, as_json: bool) -> None:
     from flows.checking import matrix_tables
     from tasks.progress import progress_bars
 
-    project = _project()
+    project = here()
     with progress_bars("evaluate") as progress:
         found = regression_matrix(project, project.settings(), exact=exact, progress=progress)
     if as_json:
-        _say(json.dumps(found.content))
+        say(json.dumps(found.content))
         return
     for title, columns, rows in matrix_tables(found.content):
-        _table(title, columns, rows)
+        show_table(title, columns, rows)
     for name, reason in found.content["missing"].items():
-        _say(f"not measured: {name}: {reason}")
+        say(f"not measured: {name}: {reason}")
     for fault in found.told:
-        _say(f"warning: .alkn/cache/{fault}; measured again", err=True)
-    _say(f"{found.scored} records measured, {found.kept} known from before; written to reports/matrix.json")
+        say(f"warning: .alkn/cache/{fault}; measured again", err=True)
+    say(f"{found.scored} records measured, {found.kept} known from before; written to reports/matrix.json")
 
 
 @cli.command()
@@ -266,16 +175,16 @@ def verify(exact: bool, as_json: bool) -> None:
     from tasks.progress import progress_bars
 
     with progress_bars("verify") as progress:
-        report = verify_champion(_project(), exact=exact, progress=progress)
+        report = verify_champion(here(), exact=exact, progress=progress)
     if as_json:
-        _say(json.dumps(report))
+        say(json.dumps(report))
     else:
         for title, columns, rows in verify_tables(report):
-            _table(title, columns, rows)
+            show_table(title, columns, rows)
         for name, reason in report["missing"].items():
-            _say(f"not measured: {name}: {reason}")
+            say(f"not measured: {name}: {reason}")
         verdict = "holds" if report["holds"] else f"does not hold: {len(report['findings'])} findings"
-        _say(f"{report['champion']} {verdict}; {report['compared']} numbers compared; written to reports/verify.json")
+        say(f"{report['champion']} {verdict}; {report['compared']} numbers compared; written to reports/verify.json")
     if not report["holds"]:
         sys.exit(1)
 
@@ -300,12 +209,12 @@ def compare(
 
     outcome = run_comparison(config, folder, workers=workers, only=only, report_only=report_only, page=page)
     if as_json:
-        _say(json.dumps({"rows": outcome.rows, "failed": outcome.failed, "missing": outcome.missing}))
+        say(json.dumps({"rows": outcome.rows, "failed": outcome.failed, "missing": outcome.missing}))
     else:
-        _table("The comparison", outcome.columns, outcome.cells)
-        _say(f"report: {folder / 'report' / 'table.md'}")
+        show_table("The comparison", outcome.columns, outcome.cells)
+        say(f"report: {folder / 'report' / 'table.md'}")
     for name, reason in outcome.failed.items():
-        _say(f"error: {name}: {reason}", err=True)
+        say(f"error: {name}: {reason}", err=True)
     if outcome.failed:
         sys.exit(1)
 
@@ -326,7 +235,7 @@ def reference(without: str | None, seed: int, path: Path | None, as_json: bool) 
     from alkn.settings import load_settings
     from tasks.progress import progress_bars
 
-    project = _project()
+    project = here()
     if path is not None:
         made = adopt_reference(project, path)
     else:
@@ -341,10 +250,10 @@ def reference(without: str | None, seed: int, path: Path | None, as_json: bool) 
     facts = {name: made.manifest[name] for name in told if name in made.manifest}
     answer = {"name": made.folder.name, "path": str(made.model), "digest": made.digest, "cached": made.cached, **facts}
     if as_json:
-        _say(json.dumps(answer))
+        say(json.dumps(answer))
         return
     for name, value in answer.items():
-        _say(f"{name:<10} {value}")
+        say(f"{name:<10} {value}")
 
 
 def _requests_without(ledger: Any, without: str | None) -> list[str]:
@@ -365,62 +274,8 @@ def _requests_without(ledger: Any, without: str | None) -> list[str]:
     return chain[: int(without)]
 
 
-cli.add_command(certificate)
-
-
-@cli.group()
-def stage() -> None:
-    """What dvc.yaml runs: one part of the chain, without Prefect and MLflow."""
-
-
-@stage.command("data")
-def stage_data() -> None:
-    """Write the benchmark's splits."""
-    from alkn.record_sets import build_splits
-    from alkn.settings import load_settings
-
-    project = _project()
-    with project.chain_lock():
-        build_splits(project, load_settings(project.data_params))
-
-
-@stage.command("base")
-def stage_base() -> None:
-    """Make the base model."""
-    from alkn.base import make_base
-    from alkn.settings import load_settings
-    from tasks.progress import progress_bars
-
-    project = _project()
-    with project.chain_lock(), progress_bars("base") as progress:
-        make_base(project, load_settings(project.base.params), progress=progress)
-
-
-@stage.command("step")
-@click.argument("request_id")
-def stage_step(request_id: str) -> None:
-    """Make an accepted step again, with the settings it was made with, or the first pending one for the first time.
-
-    'accelerate launch' and 'torchrun' may start this in several processes; 'alkn run' records a pending one.
-    """
-    from alkn.chain import begin_together, place_in_chain
-    from alkn.core.scoring import no_progress
-    from alkn.requests.ledger import load_ledger
-    from alkn.step import make_step
-    from tasks.progress import progress_bars
-
-    project = _project()
-    ledger, first = load_ledger(project), int(os.environ.get("RANK", "0")) == 0
-    with project.chain_lock() if first else nullcontext():
-        if ledger.where(request_id) == "pending":
-            previous, earlier = begin_together(project, request_id, project.settings())
-        else:
-            previous, earlier = place_in_chain(ledger, request_id)
-        with progress_bars(request_id) if first else nullcontext(no_progress) as progress:
-            sealed = make_step(project, request_id, previous=previous, earlier=earlier, progress=progress)
-    if not sealed.accepted and first:
-        _say(f"{request_id}: a gate failed: {sealed.reason}", err=True)
-        sys.exit(1)
+for group in (request, certificate, stage):
+    cli.add_command(group)
 
 
 def main() -> None:
@@ -454,35 +309,8 @@ def _is_full_disk(error: BaseException) -> bool:
 
 def _fail(message: str, status: int) -> None:
     for line in message.split("\n"):
-        _say(f"error: {line}", err=True)
+        say(f"error: {line}", err=True)
     sys.exit(status)
-
-
-def _project() -> Project:
-    from alkn.project import Project
-
-    return Project.at(Path("."))
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    click.echo(text, err=err)
-
-
-def _number(value: Any, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-
-
-def _table(title: str, columns: tuple[str, ...], rows: list[list[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*("-" if cell is None else str(cell) for cell in row))
-    width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(table)
 
 
 def _show_report(project: Project, as_json: bool) -> None:
@@ -493,7 +321,7 @@ def _show_report(project: Project, as_json: bool) -> None:
     rows = chain_rows(project, load_ledger(project))
     write_json(project.root / "reports" / "chain.json", rows)
     if as_json:
-        _say(json.dumps(rows))
+        say(json.dumps(rows))
         return
     shown: list[list[Any]] = []
     for row in rows:
@@ -515,10 +343,10 @@ def _show_report(project: Project, as_json: bool) -> None:
         "request", "verdict", "records", "P before", "P after", "worst record, P", "exact memorization",
         "utility (P, never drawn on)", "time",
     )  # fmt: skip
-    _table("The chain", columns, shown)
+    show_table("The chain", columns, shown)
     for row in rows:
         if row["verdict"] == "rejected":
-            _say(f"{row['request']} was rejected: {row['reason']}")
+            say(f"{row['request']} was rejected: {row['reason']}")
 
 
 def _dry_run(project: Project, settings: Any, as_json: bool) -> None:
@@ -530,17 +358,17 @@ def _dry_run(project: Project, settings: Any, as_json: bool) -> None:
     ledger = load_ledger(project)
     cost = estimate(project, settings, ledger)
     if as_json:
-        _say(json.dumps({"pending": list(ledger.pending), **asdict(cost)}))
+        say(json.dumps({"pending": list(ledger.pending), **asdict(cost)}))
         return
     if not ledger.pending:
-        _say("nothing is pending")
+        say("nothing is pending")
         return
     rows = [[name, entry.records, entry.due, previous] for (name, entry), previous in _planned(ledger)]
-    _table("Would be unlearned, in this order", ("request", "records", "due", "starting from"), rows)
+    show_table("Would be unlearned, in this order", ("request", "records", "due", "starting from"), rows)
     seconds = "unknown" if cost.seconds is None else f"about {max(1, round(cost.seconds / 60))} min"
-    _say(f"time    {seconds} ({cost.source})")
-    _say(f"memory  about {cost.memory / 2**20:,.0f} MiB at the peak")
-    _say(f"disk    about {cost.disk / 2**20:,.0f} MiB of {cost.free / 2**20:,.0f} MiB free")
+    say(f"time    {seconds} ({cost.source})")
+    say(f"memory  about {cost.memory / 2**20:,.0f} MiB at the peak")
+    say(f"disk    about {cost.disk / 2**20:,.0f} MiB of {cost.free / 2**20:,.0f} MiB free")
 
 
 def _planned(ledger: Any) -> list[tuple[tuple[str, Any], str]]:
