@@ -191,7 +191,10 @@ def _some(count: int) -> int:
 
 
 def _limit(facts: Decided, name: str) -> float | None:
+    """The target as a number: ``holdout`` is the base model's level there."""
     value = facts.params.get("targets", {}).get(name)
+    if value == "holdout":
+        value = facts.base.get("sets", {}).get("holdout", {}).get("probability" if name == "p" else name)
     return float(value) if isinstance(value, int | float) else None
 
 

@@ -95,7 +95,8 @@ def write_step(project: Project, request: str, previous: str, earlier: tuple[str
     write_json(step.gate, {"accepted": accepted, "failed": [], "gates": gates})
     if request == "r002":
         write_json(step.attacks, attacks())
-    params = {"method": {"name": "alkn", "preset": "rounds", "lr": 0.001}, "targets": {"p": 0.05, "margin": 0.8}}
+    targets = {"p": 0.05, "exact_memorization": "holdout", "margin": 0.8}
+    params = {"method": {"name": "alkn", "preset": "rounds", "lr": 0.001}, "targets": targets}
     write_yaml(step.params, params)
     parent = project.step(previous)
     inputs = {

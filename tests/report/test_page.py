@@ -17,7 +17,7 @@ from report_sample import DOMAIN, SECRETS, attacks, make_sample
 from alkn.files import read_json, write_bytes, write_json
 from alkn.project import Project
 from alkn.report.page import report_page
-from alkn.report.plots import pictures, tables
+from alkn.report.plots import forgetting, pictures, tables
 from alkn.report.story import matrix_cells, read_story
 from flows.cli import cli
 
@@ -176,6 +176,14 @@ def test_tables_hold_the_numbers_behind_the_pictures(project: Project) -> None:
     ]
     assert [r["model"] for r in rows["utility.csv"]] == ["base", "r001", "r002"]
     assert {data[:8] for data in pictures(story).values()} == {b"\x89PNG\r\n\x1a\n"}
+
+
+def test_targets_are_drawn_as_the_numbers_that_they_are(project: Project) -> None:
+    """A dashed line in each panel: the number that the settings give, and the base model's level on the holdout."""
+    story = read_story(project, "sample")
+    dashed = [[line for line in axis.lines if line.get_linestyle() == "--"] for axis in forgetting(story.decided).axes]
+    level = read_json(project.base.evaluation)["sets"]["holdout"]["exact_memorization"]
+    assert [[set(line.get_ydata()) for line in lines] for lines in dashed] == [[{0.05}], [{level}]]
 
 
 def test_without_a_matrix_the_steps_own_evaluations_speak(tmp_path: Path) -> None:
