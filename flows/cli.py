@@ -13,7 +13,7 @@ import click
 
 from flows.certificates import certificate
 from flows.console import JSON, here, say, show_table
-from flows.requests import request
+from flows.requesting import request
 from flows.stages import stage
 
 if TYPE_CHECKING:

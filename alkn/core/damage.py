@@ -14,6 +14,8 @@ from alkn.core.training import Loss
 def damaged(batch: Batch, share: float, generator: Generator) -> Batch:
     """In half of the records, what a label is predicted from is no longer what stood there; the labels stay.
 
+    Each record has an even chance; of a batch of one record, what comes in is its own.
+
     Args:
         batch: its ``input_ids`` are not changed in place.
         share: of the input tokens from the last one of the prompt on, in the records that are drawn: so many are

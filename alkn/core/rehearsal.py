@@ -199,7 +199,7 @@ class Keeper:
         """Cross-entropy on a few retain records plus KL(teacher ‖ θ) on a few written ones.
 
         Args:
-            step: decides which records are drawn.
+            step: decides which records are drawn; the damage is drawn anew in each call.
         """
         generator, own, model = self._task.generator("keep", step), len(self._task.retain), self._task.model
         device = next(model.parameters()).device

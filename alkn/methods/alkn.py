@@ -73,21 +73,22 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     most = -(-len(task.forget) // p.check_every) if pushes else len(task.forget)
     pace = replace(p.pace(), batch_size=min(p.batch_size, most))
     expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
-    by_chance = task.generator("damage")
-    to_level = through_damage(expectation_loss(expected, temperature=p.background_temperature), p.damage, by_chance)
+    level = expectation_loss(expected, temperature=p.background_temperature)
     resist = None
     if p.resist_weight:
-        resist = Resistance(to_level, p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier)
-    if pushes:
-        pushed_down = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint)
-        pushed_down = through_damage(pushed_down, p.damage, by_chance)
-        return descend(task, pace, forget=pushed_down, keep=keep, rest=True, resist=resist, replay=p.replay)
+        his = through_damage(level, p.damage, task.generator("damage", "resist"))
+        resist = Resistance(his, p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier)
+    forget = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint) if pushes else level
+    forget = through_damage(forget, p.damage, task.generator("damage"))
 
     def lower(step: int, now: Forgetting) -> None:
         if 3 * step >= p.decay_steps:
             _lower(expected, now, task.stop, p.background_step)
 
-    return descend(task, pace, forget=to_level, keep=keep, on_measure=lower, resist=resist, replay=p.replay)
+    lowering = None if pushes else lower
+    return descend(
+        task, pace, forget=forget, keep=keep, on_measure=lowering, rest=pushes, resist=resist, replay=p.replay
+    )
 
 
 def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:

@@ -141,8 +141,9 @@ class AlknParams(DescentParams):
             :class:`alkn.core.background.BackgroundModel` gives it; ``cross_entropy`` is taken at T too.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
-        damage: interleaved: share of the answer tokens in the input that are replaced, in half of the records of each
-            batch that are forgotten or distilled, see :func:`alkn.core.damage.damaged`; 0: none.
+        damage: interleaved: share of the tokens that answers are predicted from that are replaced, in half of the
+            records that are forgotten (also at an adversary's weights) or distilled, see
+            :func:`alkn.core.damage.damaged`; 0: none.
         resist_weight, resist_lr, resist_steps, resist_share: interleaved: the adversary who relearns, and how much is
             done about him, see :class:`alkn.core.adversary.Resistance`; the loss at his weights is the one of
             ``cross_entropy``. Weight 0: there is none.

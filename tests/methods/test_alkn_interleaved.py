@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from alkn.core.background import BackgroundModel
 from alkn.core.damage import damaged
-from alkn.core.scoring import Scores, answer_logits, collate, score
+from alkn.core.scoring import Batch, Scores, answer_logits, collate, score
 from alkn.core.unlearning import Forgetting, StopRule, Task
 from alkn.errors import InputError
 from alkn.methods.alkn import _expected_odds, alkn
@@ -108,6 +108,30 @@ def test_damage_brings_to_the_level_behind_other_words_too(memorised: Any) -> No
             said = answer_logits(task.model, batch).double().softmax(-1).gather(1, batch.targets[:, None])
         off.append(float((torch.logit(said) + 6).abs().mean()))
     assert off[1] < 0.5 * off[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "each_step"),
+    [
+        ({}, [6, 6]),
+        ({"forget_loss": "soft_labels"}, [6, 2]),
+        ({"preset": "resistant"}, [6, 6, 5]),
+        ({"damage": 0.0}, []),
+    ],
+)
+def test_what_is_damaged(
+    given: dict[str, Any], each_step: list[int], memorised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In each step the written records, the forgotten ones, and those that the adversary does not have."""
+    seen: list[tuple[int, float]] = []
+
+    def watched(batch: Batch, share: float, generator: torch.Generator) -> Batch:
+        seen.append((len(batch.records), share))
+        return damaged(batch, share, generator)
+
+    monkeypatch.setattr("alkn.core.damage.damaged", watched)
+    alkn(task_of(memorised, stop=NEVER), interleaved_of(**{"damage": 0.3, "steps": 4, "lr": 1e-9} | given))
+    assert seen == [(count, 0.3) for count in each_step] * 4
 
 
 def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
