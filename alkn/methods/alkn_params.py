@@ -41,7 +41,8 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "retain_batch": 16, "rehearsal_batch": 64, "rehearsal": 2400, "resist_weight": 0.2, "retain_balance": "domains",
+        "steps": 480, "decay_steps": 360, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.4,
+        "retain_balance": "domains",
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
