@@ -94,7 +94,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
 def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:
     """The log-odds that each token to forget shall have: T · (logit P(background) + shift), bounded.
 
-    Lowered until who says just that meets the target: of answers that are built alike it would guess too much.
+    Lowered until who says just that meets the target: of answers that are built alike it would guess too much. What is
+    negative then, and so not the first choice, lies ``background_gap`` further down.
     """
     config: Any = task.model.config
     background = BackgroundModel(pool, vocab_size=config.get_text_config().vocab_size)
@@ -107,7 +108,7 @@ def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[T
     for _ in range(int(span / p.background_step) if p.background_step else 0):
         if not _lower(expected, _said(expected), task.stop, p.background_step):
             break
-    return expected
+    return [(z - p.background_gap * (z < 0)).clamp(min=p.background_lowest) for z in expected]
 
 
 def _said(odds: Sequence[Tensor]) -> Forgetting:

@@ -64,7 +64,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "background_temperature",
-            "background_shift", "background_lowest", "background_highest", "background_step",
+            "background_shift", "background_gap", "background_lowest", "background_highest", "background_step",
             "forget_loss", "resist_weight", "resist_lr", "resist_steps", "resist_share", "resist_earlier", "replay",
             "teacher", "retain_balance", "damage",
         ),
@@ -137,9 +137,10 @@ class AlknParams(DescentParams):
         forget_loss: interleaved: ``soft_labels`` of ``label_scale`` and ``label_midpoint`` push down, see
             :func:`alkn.core.training.suppression_loss`; ``cross_entropy`` brings to a level, see
             :func:`alkn.core.training.expectation_loss`.
-        background_temperature, background_shift, background_lowest, background_highest: the level: the log-odds
-            that a forget token shall have are T · (z + shift) between the bounds, z those that
-            :class:`alkn.core.background.BackgroundModel` gives it; ``cross_entropy`` is taken at T too.
+        background_temperature, background_shift, background_gap, background_lowest, background_highest: the level:
+            the log-odds that a forget token shall have are T · (z + shift) between the bounds, less the gap where
+            that is negative, z those that :class:`alkn.core.background.BackgroundModel` gives it;
+            ``cross_entropy`` is taken at T too.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
         damage: interleaved: share of the tokens that answers are predicted from that are replaced, in half of the
@@ -198,9 +199,10 @@ class AlknParams(DescentParams):
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
     forget_loss: Literal["soft_labels", "cross_entropy"] = "cross_entropy"
-    background_temperature: float = Field(4.0, gt=0)
+    background_temperature: float = Field(6.0, gt=0)
     background_shift: float = 0.4
-    background_lowest: float = -16.0
+    background_gap: float = Field(3.0, ge=0)
+    background_lowest: float = -24.0
     background_highest: float = 3.0
     background_step: float = Field(0.2, ge=0)
     damage: float = Field(0.4, ge=0, lt=1)
