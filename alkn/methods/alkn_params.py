@@ -203,7 +203,7 @@ class AlknParams(DescentParams):
     background_shift: float = 0.4
     background_gap: float = Field(3.0, ge=0)
     background_lowest: float = -24.0
-    background_highest: float = 3.0
+    background_highest: float = 8.0
     background_step: float = Field(0.2, ge=0)
     damage: float = Field(0.4, ge=0, lt=1)
     resist_weight: float = Field(0.0, ge=0)
