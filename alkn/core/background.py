@@ -28,22 +28,29 @@ class BackgroundModel:
     """
 
     def __init__(self, examples: Sequence[Example], *, vocab_size: int) -> None:
-        self._unigrams: Counter[int] = Counter()
+        self.vocab_size = vocab_size
+        unigrams = torch.ones(vocab_size, dtype=torch.float64)
         self._bigrams: dict[int, Counter[int]] = defaultdict(Counter)
         for example in examples:
-            tokens = example.tokens[example.answer_start - 1 :].tolist()
-            self._unigrams.update(tokens[1:])
-            for before, token in zip(tokens, tokens[1:], strict=False):
+            tokens = example.tokens[example.answer_start - 1 :]
+            unigrams += torch.bincount(tokens[1:], minlength=vocab_size)
+            for before, token in zip(tokens.tolist(), tokens[1:].tolist(), strict=False):
                 self._bigrams[before][token] += 1
-        self._total = self._unigrams.total() + vocab_size
+        self._unigrams = unigrams / unigrams.sum()
 
     def probability(self, before: int, token: int) -> float:
         """P(token | before), in (0, 1)."""
-        unigram = (self._unigrams[token] + 1) / self._total
+        after, unigram = self._bigrams.get(before, Counter()), float(self._unigrams[token])
+        return (after[token] + len(after) * unigram) / (after.total() + len(after)) if after else unigram
+
+    def probabilities(self, before: int) -> Tensor:
+        """P of every token of the vocabulary after ``before``, ``[V]``, float64."""
         after = self._bigrams.get(before)
         if after is None:
-            return unigram
-        return (after[token] + len(after) * unigram) / (after.total() + len(after))
+            return self._unigrams
+        counts = len(after) * self._unigrams
+        counts[list(after)] += torch.tensor(list(after.values()), dtype=torch.float64)
+        return counts / (after.total() + len(after))
 
     def answer(self, example: Example) -> Tensor:
         """P of every answer token after the token before it, ``[answer_length]``, float32."""

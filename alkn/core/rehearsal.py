@@ -125,6 +125,7 @@ class Keeper:
 
     Attributes:
         pool: the retain records, then the written ones.
+        teacher: who writes and is distilled; the task's own model where nothing is.
         passes: record passes spent so far.
     """
 
@@ -151,13 +152,14 @@ class Keeper:
         self._shares = evenly(task.retain_domains) if by_domain and task.retain_domains else None
         self._written: list[Example] = []
         self._distillation: Loss | None = None
+        self.teacher = task.model
         if steps or rehearsal:
-            known = task.teacher(teacher)
-            distillation = distillation_loss(known, temperature=temperature)
+            self.teacher = task.teacher(teacher)
+            distillation = distillation_loss(self.teacher, temperature=temperature)
             self._distillation = through_damage(distillation, damage, task.generator("damage", "keep"))
         if rehearsal:
             self._written = rehearsal_set(
-                known,
+                self.teacher,
                 task.retain,
                 rehearsal,
                 eos=int(task.retain[0].tokens[-1]) if task.eos is None else task.eos,

@@ -116,31 +116,41 @@ def suppression_loss(*, scale: float, midpoint: float) -> Loss:
     offset = math.log(midpoint / (1.0 - midpoint))
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        odds = _log_odds(answer_logits(model, batch), batch.targets)
+        odds = log_odds(answer_logits(model, batch), batch.targets)
         return nn.functional.softplus(scale * (odds - offset)).mean() / scale
 
     return loss
 
 
-def expectation_loss(targets: Sequence[Tensor], *, temperature: float = 1.0) -> Loss:
-    """Bring every answer token to expected log-odds by binary cross-entropy; each record weighs the same.
+def level_loss(levels: Sequence[Tensor], *, width: float) -> Loss:
+    """Bring every answer token to given log-odds by the Huber loss over ``width``; each record weighs the same.
 
-    In the log-odds z of a token its slope is σ(z/T) − σ(target/T): towards one while the token is known, zero at the
-    target, turned round below it. It is the entropic soft label with a zero that does not lie at forgetting
-    everything. At T = 1 it fades as soon as the token is improbable, however far the target is; above, it goes on.
+    Its slope in the log-odds z of a token is (z - level) / width, between -1 and 1: the entropic soft label with a zero
+    at the level, and turned round below it. It is as steep for a token far below even odds as for one above, so that
+    a level of 1e-8 is reached as well as one of .1.
 
     Args:
-        targets: per record of the training set, log-odds of each answer token, ``[answer_length]``.
-        temperature: T > 0, by which the log-odds are divided; the loss is multiplied by it.
+        levels: per record of the training set, log-odds of each answer token, ``[answer_length]``.
+        width: > 0, nats to both sides of the level, beyond which the slope is -1 or 1.
+
+    Source: the loss, Huber 1964; its use here, own.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        odds = _log_odds(answer_logits(model, batch), batch.targets)
-        wanted = torch.cat([targets[i] for i in batch.records]).to(odds.device)
-        surprise = temperature * nn.functional.softplus(odds / temperature)
-        return _mean_over_records(surprise - torch.sigmoid(wanted / temperature) * odds, batch)
+        odds = log_odds(answer_logits(model, batch), batch.targets)
+        wanted = torch.cat([levels[i] for i in batch.records]).to(odds)
+        return _mean_over_records(nn.functional.huber_loss(odds, wanted, reduction="none", delta=width) / width, batch)
 
     return loss
+
+
+def weighted(loss: Loss, weight: float) -> Loss:
+    """``weight`` times a loss."""
+
+    def times(model: nn.Module, batch: Batch) -> Tensor:
+        return weight * loss(model, batch)
+
+    return times
 
 
 def _mean_over_records(values: Tensor, batch: Batch) -> Tensor:
@@ -149,7 +159,7 @@ def _mean_over_records(values: Tensor, batch: Batch) -> Tensor:
     return (values / length[batch.rows]).sum() / len(batch.records)
 
 
-def _log_odds(logits: Tensor, targets: Tensor) -> Tensor:
+def log_odds(logits: Tensor, targets: Tensor) -> Tensor:
     """log(π / (1 − π)) of each target token, ``[labels]``, computed without cancellation."""
     logits, target = logits.float(), targets.unsqueeze(1)
     others = logits.scatter(1, target, float("-inf")).logsumexp(-1)

@@ -6,11 +6,10 @@ Six presets (docs/METHOD.md): ``interleaved``, the default, and ``resistant`` ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from alkn.core.adversary import Resistance
@@ -19,10 +18,11 @@ from alkn.core.calibration import smallest_scale
 from alkn.core.damage import through_damage
 from alkn.core.descent import descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
+from alkn.core.level import Level, Sureness
 from alkn.core.rehearsal import Keeper
-from alkn.core.scoring import Batch, Example, Scores
-from alkn.core.training import answer_loss, expectation_loss, fine_tune, suppression_loss
-from alkn.core.unlearning import Forgetting, Outcome, StopRule, Task
+from alkn.core.scoring import Batch, Scores
+from alkn.core.training import answer_loss, fine_tune, level_loss, suppression_loss, weighted
+from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
 from alkn.methods.alkn_params import (
@@ -49,9 +49,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     """Every step negates one step of the forget task vector and repairs, in one AdamW update.
 
     The repair is the retain cross-entropy and the distillation of a teacher on records in its own words: of the model
-    before all requests whose records are replayed. The forget part is a loss on the log-odds of the answer tokens:
-    cross-entropy brings each to what a background model that never saw the record expects; soft labels push down what
-    is known and rest while the target is met. What is forgotten and what the teacher says is asked for behind damaged
+    before all requests whose records are replayed. The forget part is a loss on the log-odds of the answer tokens: each
+    is brought to the level of a model that never saw the record, or soft labels push down what is known and rest while
+    the target is met. What is forgotten and what the teacher says is asked for behind damaged
     answers too. An adversary who relearns may be held off in the same update.
     """
     before, _ = task.measure_stored()
@@ -72,18 +72,20 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     # Pushed again and again before it is measured, a record of a small request would end far below the target.
     most = -(-len(task.forget) // p.check_every) if pushes else len(task.forget)
     pace = replace(p.pace(), batch_size=min(p.batch_size, most))
-    expected = [] if pushes and not p.resist_weight else _expected_odds(task, keep.pool if keep else [], p)
-    level = expectation_loss(expected, temperature=p.background_temperature)
+    level = None
+    if not pushes or p.resist_weight:
+        level, scale = _level(task, keep, p)
+        to_level = level_loss(level.odds, width=scale)
     resist = None
     if p.resist_weight:
-        his = through_damage(level, p.damage, task.generator("damage", "resist"))
+        his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
         resist = Resistance(his, p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier)
-    forget = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint) if pushes else level
-    forget = through_damage(forget, p.damage, task.generator("damage"))
+    forget = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint) if pushes else to_level
+    forget = weighted(through_damage(forget, p.damage, task.generator("damage")), p.forget_weight)
 
     def lower(step: int, now: Forgetting) -> None:
-        if 3 * step >= p.decay_steps:
-            _lower(expected, now, task.stop, p.background_step)
+        if level is not None and 3 * step >= p.decay_steps:
+            level.lower(now, task.stop, by=p.background_step)
 
     lowering = None if pushes else lower
     return descend(
@@ -91,40 +93,18 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     )
 
 
-def _expected_odds(task: Task, pool: Sequence[Example], p: AlknParams) -> list[Tensor]:
-    """The log-odds that each token to forget shall have: T · (logit P(background) + shift), bounded.
+def _level(task: Task, keep: Keeper | None, p: AlknParams) -> tuple[Level, float]:
+    """The level of this and the earlier requests' records, and κ; lowered until who says just that meets the target.
 
-    Lowered until who says just that meets the target: of answers that are built alike it would guess too much. What is
-    negative then, and so not the first choice, lies ``background_gap`` further down.
+    Of answers that are built alike it would guess too much.
     """
     config: Any = task.model.config
-    background = BackgroundModel(pool, vocab_size=config.get_text_config().vocab_size)
-    odds = [torch.logit(background.answer(example)) for example in (*task.forget, *task.earlier)]
-    expected = [
-        (p.background_temperature * (z + p.background_shift)).clamp(p.background_lowest, p.background_highest)
-        for z in odds
-    ]
-    span = p.background_highest - p.background_lowest
-    for _ in range(int(span / p.background_step) if p.background_step else 0):
-        if not _lower(expected, _said(expected), task.stop, p.background_step):
-            break
-    return [(z - p.background_gap * (z < 0)).clamp(min=p.background_lowest) for z in expected]
-
-
-def _said(odds: Sequence[Tensor]) -> Forgetting:
-    """The two numbers of a model that gives each answer token these log-odds; above 0 it is the first choice."""
-    p = torch.stack([torch.exp(torch.nn.functional.logsigmoid(z).mean()) for z in odds])
-    guessed = torch.stack([(z > 0).float().mean() for z in odds])
-    return Forgetting(float(p.mean()), float(guessed.mean()))
-
-
-def _lower(odds: Sequence[Tensor], now: Forgetting, stop: StopRule, by: float) -> bool:
-    """Expect less if the target is missed: of all if too much is guessed right, else of what nobody would guess."""
-    guessed = now.exact_memorization > stop.exact_memorization
-    missed = guessed or now.p > stop.p
-    for z in odds if missed else ():
-        z.sub_(by * ((z < 0) | guessed))
-    return missed
+    background = BackgroundModel(keep.pool if keep else [], vocab_size=config.get_text_config().vocab_size)
+    sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
+    level = Level(background, [*task.forget, *task.earlier], sureness, shift=p.background_shift)
+    while p.background_step and level.lower(level.said(), task.stop, by=p.background_step):
+        pass
+    return level, sureness.scale
 
 
 def _in_rounds(task: Task, p: AlknParams) -> Outcome:

@@ -63,10 +63,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
-            "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "background_temperature",
-            "background_shift", "background_gap", "background_lowest", "background_highest", "background_step",
-            "forget_loss", "resist_weight", "resist_lr", "resist_steps", "resist_share", "resist_earlier", "replay",
-            "teacher", "retain_balance", "damage",
+            "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "forget_loss",
+            "forget_weight", "background_shift", "background_step", "damage", "resist_weight", "resist_lr",
+            "resist_steps", "resist_share", "resist_earlier", "replay", "teacher", "retain_balance",
         ),
         ("interleaved",),
     ),
@@ -135,12 +134,10 @@ class AlknParams(DescentParams):
         scale: λ of ``once``; ``null``: calibrated, the smallest that meets the target.
         scale_max, bisections: the search for λ in a round; no bisection: always ``scale_max``.
         forget_loss: interleaved: ``soft_labels`` of ``label_scale`` and ``label_midpoint`` push down, see
-            :func:`alkn.core.training.suppression_loss`; ``cross_entropy`` brings to a level, see
-            :func:`alkn.core.training.expectation_loss`.
-        background_temperature, background_shift, background_gap, background_lowest, background_highest: the level:
-            the log-odds that a forget token shall have are T · (z + shift) between the bounds, less the gap where
-            that is negative, z those that :class:`alkn.core.background.BackgroundModel` gives it;
-            ``cross_entropy`` is taken at T too.
+            :func:`alkn.core.training.suppression_loss`; ``level`` brings each token to a level, see
+            :func:`alkn.core.training.level_loss`.
+        forget_weight: factor on that loss, beside the keeping parts.
+        background_shift: where the level lies, see :class:`alkn.core.level.Level`.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
         damage: interleaved: share of the tokens that answers are predicted from that are replaced, in half of the
@@ -148,7 +145,7 @@ class AlknParams(DescentParams):
             :func:`alkn.core.damage.damaged`; 0: none.
         resist_weight, resist_lr, resist_steps, resist_share: interleaved: the adversary who relearns, and how much is
             done about him, see :class:`alkn.core.adversary.Resistance`; the loss at his weights is the one of
-            ``cross_entropy``. Weight 0: there is none.
+            ``level``. Weight 0: there is none.
         resist_earlier: factor on that loss for the records of earlier requests, which are replayed.
         retain_balance: interleaved: whether each of the ``records`` that are kept is drawn as often as any other, or
             each of their ``domains``, however few records it has.
@@ -198,13 +195,10 @@ class AlknParams(DescentParams):
     scale: float | None = Field(None, gt=0)
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
-    forget_loss: Literal["soft_labels", "cross_entropy"] = "cross_entropy"
-    background_temperature: float = Field(6.0, gt=0)
-    background_shift: float = 0.4
-    background_gap: float = Field(3.0, ge=0)
-    background_lowest: float = -24.0
-    background_highest: float = 8.0
-    background_step: float = Field(0.2, ge=0)
+    forget_loss: Literal["soft_labels", "level"] = "level"
+    forget_weight: float = Field(0.25, gt=0)
+    background_shift: float = 2.2
+    background_step: float = Field(0.1, ge=0)
     damage: float = Field(0.4, ge=0, lt=1)
     resist_weight: float = Field(0.0, ge=0)
     resist_lr: float = Field(1e-3, gt=0)

@@ -33,6 +33,7 @@ def test_it_is_a_distribution() -> None:
         for before in range(V):
             chances = [model.probability(before, w) for w in range(V)]
             assert sum(chances) == pytest.approx(1.0) and min(chances) > 0
+            assert model.probabilities(before).tolist() == pytest.approx(chances)
 
 
 def test_prompts_are_not_counted() -> None:

@@ -32,7 +32,7 @@ from alkn.core.scoring import Example, answer_logits, collate, mean_gradient, sc
 from alkn.core.sequence_losses import ascent_loss
 from alkn.core.sharding import split_
 from alkn.core.sophia import gauss_newton_bartlett
-from alkn.core.training import Hyperparameters, answer_loss, expectation_loss, fine_tune
+from alkn.core.training import Hyperparameters, answer_loss, fine_tune, level_loss
 from alkn.core.unlearning import StopRule, Task
 from alkn.errors import InputError
 from alkn.files import keyed_digest_of, read_json, write_yaml
@@ -137,11 +137,11 @@ def descended(form: str) -> dict[str, Tensor]:
         clip=1.0,
     )  # fmt: skip
     outcome = descend(task, pace, forget=ascent_loss(torch.sqrt), keep=divergence_term(task, pace))
-    odds = expectation_loss([torch.zeros(e.answer_length) for e in task.forget])
+    odds = level_loss([torch.zeros(e.answer_length) for e in task.forget], width=2.0)
     more = descend(task, replace(pace, batch_size=1, retain_batch=1), forget=odds, keep=None)
     task.earlier = task.retain
     resist = Resistance(
-        expectation_loss([torch.zeros(e.answer_length) for e in (*task.forget, *task.earlier)]),
+        level_loss([torch.zeros(e.answer_length) for e in (*task.forget, *task.earlier)], width=2.0),
         weight=0.7, lr=1e-3, steps=2, share=0.4, earlier=0.5,
     )  # fmt: skip
     last = descend(task, replace(pace, batch_size=2), forget=resist.loss, keep=None, resist=resist, replay=2)

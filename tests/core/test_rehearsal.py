@@ -16,8 +16,8 @@ from torch import nn
 from alkn.core.damage import damaged
 from alkn.core.generation import greedy
 from alkn.core.rehearsal import Keeper, evenly, rehearsal_set, spliced_prompts
-from alkn.core.scoring import Example, collate, endless_batches, score
-from alkn.core.training import distillation_loss, expectation_loss, suppression_loss
+from alkn.core.scoring import Example, answer_logits, collate, endless_batches, score
+from alkn.core.training import distillation_loss, level_loss, log_odds, suppression_loss
 from alkn.core.unlearning import StopRule, Task
 
 CPU = torch.device("cpu")
@@ -56,37 +56,34 @@ def test_gradient_of_suppression_is_the_entropic_weight(make_model: Any, make_ex
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
-def test_expectation_loss_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:
-    """−q log π − (1 − q) log(1 − π): the mean over a record's tokens, then over records; least at π = q."""
-    model, examples = make_model("llama", std=0.5), make_examples(5)
-    targets = [torch.linspace(-9, 4, e.answer_length) for e in examples]
-    means, own = [], []
-    for example, target in zip(examples, targets, strict=True):
+def test_level_loss_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:
+    """Quadratic within the width of the level, linear beyond: the mean over a record's tokens, then over records."""
+    model, examples, width = make_model("llama", std=0.5), make_examples(5), 3.0
+    levels = [torch.linspace(-9, 4, e.answer_length) for e in examples]
+    means, off = [], []
+    for example, level in zip(examples, levels, strict=True):
         log_p, tokens = answer_rows(model, [example], full_forward)
-        p, q = np.exp(log_p[np.arange(len(tokens)), tokens]), expit(target.numpy().astype(np.float64))
-        means.append(-(q * np.log(p) + (1 - q) * np.log1p(-p)).mean())
-        own.append(torch.logit(torch.tensor(p)))
-    batch = collate(examples, range(5), device=CPU)
-    assert expectation_loss(targets)(model, batch).item() == pytest.approx(np.mean(means), rel=1e-4)
-    for temperature in (1.0, 4.0):
-        loss = expectation_loss(own, temperature=temperature)(model, batch)
-        gradient = torch.autograd.grad(loss, list(model.parameters()))
-        assert max(float(g.abs().max()) for g in gradient) < 1e-5
+        d = np.abs(logit(np.exp(log_p[np.arange(len(tokens)), tokens])) - level.numpy().astype(np.float64))
+        means.append(np.where(d <= width, d**2 / (2 * width), d - width / 2).mean())
+        off.extend(d)
+    assert min(off) < width < max(off), "both branches are in the mean"
+    found = level_loss(levels, width=width)(model, collate(examples, range(5), device=CPU))
+    assert found.item() == pytest.approx(np.mean(means), rel=1e-4)
 
 
-def test_expectation_loss_at_a_temperature(make_model: Any, make_examples: Any, full_forward: Any) -> None:
-    """T times the binary cross-entropy of σ(z/T) towards σ(target/T), per token, then record, then over records."""
-    model, examples, temperature = make_model("llama", std=0.5), make_examples(5), 4.0
-    targets = [torch.linspace(-9, 4, e.answer_length) for e in examples]
-    means = []
-    for example, target in zip(examples, targets, strict=True):
-        log_p, tokens = answer_rows(model, [example], full_forward)
-        p = expit(logit(np.exp(log_p[np.arange(len(tokens)), tokens])) / temperature)
-        q = expit(target.numpy().astype(np.float64) / temperature)
-        means.append(-temperature * (q * np.log(p) + (1 - q) * np.log1p(-p)).mean())
+def test_slope_of_the_level_loss(make_model: Any, make_examples: Any) -> None:
+    """Along a token's log-odds: one above, minus one below, however far; nothing at the level itself."""
+    model, examples = make_model("llama", std=0.5).double(), make_examples(5)
     batch = collate(examples, range(5), device=CPU)
-    loss = expectation_loss(targets, temperature=temperature)(model, batch)
-    assert loss.item() == pytest.approx(np.mean(means), rel=1e-4)
+    weights = list(model.parameters())
+    odds = log_odds(answer_logits(model, batch), batch.targets)
+    length = torch.bincount(batch.rows)
+    mean = torch.autograd.grad((odds / length[batch.rows]).sum() / 5, weights)
+    own = odds.detach().split([e.answer_length for e in examples])
+    for offset, slope in ((-50.0, 1.0), (50.0, -1.0), (0.0, 0.0)):
+        loss = level_loss([z + offset for z in own], width=3.0)(model, batch)
+        for found, expected in zip(torch.autograd.grad(loss, weights), mean, strict=True):
+            torch.testing.assert_close(found, slope * expected, rtol=1e-4, atol=1e-7)
 
 
 def test_distillation_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:

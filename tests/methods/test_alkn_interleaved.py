@@ -13,10 +13,11 @@ from scipy.special import expit
 
 from alkn.core.background import BackgroundModel
 from alkn.core.damage import damaged
+from alkn.core.level import Level, Sureness
 from alkn.core.scoring import Batch, Scores, answer_logits, collate, score
 from alkn.core.unlearning import Forgetting, StopRule, Task
 from alkn.errors import InputError
-from alkn.methods.alkn import _expected_odds, alkn
+from alkn.methods.alkn import _level, alkn
 from alkn.methods.alkn_params import AlknParams
 
 
@@ -55,7 +56,7 @@ def test_an_epoch_that_pushes_takes_at_least_as_long_as_a_measurement(
 ) -> None:
     """Six records that are known by heart: with three steps between measurements, two of them a step. Towards a level
     a record cannot be pushed too far: there a batch is as large as asked for, and no larger than the request."""
-    for loss, count in (("soft_labels", taken), ("cross_entropy", batch_size)):
+    for loss, count in (("soft_labels", taken), ("level", batch_size)):
         task = task_of(memorised, stop=NEVER)
         bare = {"retain_batch": 0, "rehearsal": 0, "lr": 1e-9, "steps": 12, "forget_loss": loss}
         assert alkn(task, interleaved_of(**bare, check_every=every, batch_size=batch_size)).passes == 12 * count
@@ -81,32 +82,38 @@ def test_interleaved_without_retain_records(memorised: Any) -> None:
 
 
 def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> None:
-    """Where the background expects every token, the records stay as likely as that; where none, all are gone."""
+    """Where the level is that of what the model was trained on, the records stay as likely; far below, all are gone."""
     likely: dict[float, Scores] = {}
-    for level in (3.0, -16.0):
+    for shift in (1e3, -10.0):
         task = task_of(memorised, stop=NEVER)
-        alkn(
-            task,
-            interleaved_of(steps=120, background_lowest=level, background_highest=level, background_step=0),
-        )
-        likely[level] = score(task.model, memorised.forget)
-    assert float(likely[-16.0].probability.mean()) < 1e-3
-    guessed = torch.cat(likely[3.0].token_probs).median()
-    assert abs(float(torch.logit(guessed)) - 3.0) < 1.5
+        alkn(task, interleaved_of(steps=120, background_shift=shift, background_step=0))
+        likely[shift] = score(task.model, memorised.forget)
+    assert float(likely[-10.0].probability.mean()) < 1e-3
+    level, _ = _level(task_of(memorised, stop=NEVER), None, interleaved_of(background_shift=1e3, background_step=0))
+    guessed = torch.cat(likely[1e3].token_log_probs).double()
+    assert abs(float((guessed - torch.log(-torch.expm1(guessed))).median() - level.odds[0][0])) < 1.5
 
 
 def test_damage_brings_to_the_level_behind_other_words_too(memorised: Any) -> None:
-    """Mean distance of the log-odds from the level of −6, behind damaged answers: less than half of what it is without
-    damage in the training."""
+    """Mean distance of the log-odds from the level, behind damaged answers: less than half of what it is without damage
+    in the training."""
     batch = damaged(collate(memorised.forget * 20, range(120), device=CPU), 0.6, seeded(3))
     off = []
+    fixed = {
+        "background_shift": 3.5,
+        "background_step": 0,
+        "steps": 300,
+        "decay_steps": 300,
+        "retain_batch": 0,
+        "rehearsal": 0,
+    }
     for share in (0.0, 0.6):
-        task = task_of(memorised, stop=NEVER)
-        level = {"background_lowest": -6.0, "background_highest": -6.0, "background_step": 0}
-        alkn(task, interleaved_of(steps=300, decay_steps=300, damage=share, **level))
+        task, p = task_of(memorised, stop=NEVER), interleaved_of(damage=share, steps=300, decay_steps=300, **fixed)
+        level, _ = _level(task, None, p)
+        alkn(task, p)
         with torch.no_grad():
             said = answer_logits(task.model, batch).double().softmax(-1).gather(1, batch.targets[:, None])
-        off.append(float((torch.logit(said) + 6).abs().mean()))
+        off.append(float((torch.logit(said)[:, 0] - torch.cat(level.odds * 20)).abs().mean()))
     assert off[1] < 0.5 * off[0]
 
 
@@ -147,33 +154,28 @@ def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
     assert plain.history[-1] != held.history[-1]
 
 
-@pytest.mark.parametrize(("by", "expected"), [(0.0, 3.0), (0.2, -4.6)])
-def test_a_level_that_would_miss_the_target_is_lowered_before_the_training(
-    by: float, expected: float, memorised: Any
-) -> None:
-    """From log-odds of 3 everywhere in steps of 0.2: below 0 nothing is guessed, and expit(−4.6) = 0.00995 is the first
-    P of at most 0.01."""
-    p = interleaved_of(
-        background_temperature=1e-6, background_shift=3e6, background_gap=0, background_highest=3.0, background_step=by
-    )
-    odds = torch.cat(_expected_odds(task_of(memorised), memorised.retain, p))
-    torch.testing.assert_close(odds, torch.full_like(odds, expected), atol=1e-3, rtol=0)
-    assert (expit(expected) <= STOP.p) == (by > 0) and expit(expected + 0.2) > STOP.p
+@pytest.mark.parametrize("by", [0.0, 0.2])
+def test_a_level_that_would_miss_the_target_is_lowered_before_the_training(by: float, memorised: Any) -> None:
+    """From the model's own mean log-odds everywhere, in steps of 0.2, to the first that is at the target of P .01."""
+    p = interleaved_of(background_shift=1e3, background_step=by)
+    odds = torch.cat(_level(task_of(memorised), None, p)[0].odds)
+    assert float(odds.max() - odds.min()) < 1e-5
+    assert (expit(float(odds[0])) <= STOP.p) == (by > 0)
+    assert expit(float(odds[0]) + 0.2) > STOP.p
 
 
 def test_a_level_at_the_target_is_left_alone(memorised: Any) -> None:
-    """The background's log-odds, shifted, times T, less the gap where negative; with a target that anything meets."""
-    p = interleaved_of(background_lowest=-12.0, background_gap=2.0)
+    """With a target that anything meets: the level of the background, as sure as the model."""
     task = task_of(memorised, stop=StopRule(1.0, 1.0))
-    found = _expected_odds(task, memorised.retain, p)
-    background = BackgroundModel(memorised.retain, vocab_size=300)
-    for odds, example in zip(found, memorised.forget, strict=True):
-        z = 6 * (torch.logit(background.answer(example)) + 0.4)
-        torch.testing.assert_close(odds, torch.where(z < 0, z - 2, z).clamp(-12, 8))
+    found, scale = _level(task, None, interleaved_of())
+    background = BackgroundModel([], vocab_size=300)
+    sureness = Sureness.of(task.model, memorised.retain, background)
+    assert scale == sureness.scale
+    torch.testing.assert_close(found.odds, Level(background, memorised.forget, sureness, shift=2.2).odds)
 
 
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
-    """A background that expects what may not be known: lowered at each measurement, it ends forgotten; else not."""
-    high = {"background_lowest": 3.0, "background_highest": 3.0, "steps": 120}
+    """A level at which everything stays known: lowered, the records end forgotten; else not."""
+    high = {"background_shift": 1e3, "steps": 120}
     reached = {by: alkn(task_of(memorised), interleaved_of(**high, background_step=by)).reached for by in (0.0, 0.7)}
     assert reached == {0.0: False, 0.7: True}
