@@ -187,7 +187,7 @@ def test_the_table_of_presets() -> None:
     """Each key in which the presets differ, with the value of each."""
     params = registry.methods["alkn"].params
     presets = params.model_json_schema()["properties"]["preset"]["enum"]
-    values = [params.model_validate({"preset": preset}).model_dump() for preset in presets]
+    values = [dict(params.model_validate({"preset": preset})) for preset in presets]
     differing = [name for name in params.model_fields if len({json.dumps(v[name]) for v in values}) > 1]
     wanted = [[f"`{name}`", *(written(v[name]) for v in values)] for name in differing if name != "preset"]
     found = [

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Generator, Tensor
 
 from alkn.core.gradient_mask import (
@@ -223,7 +223,7 @@ class AlknParams(DescentParams):
             return given
         preset = PRESETS.get(str(given.get("preset", "interleaved")), {})
         procedure = given.get("procedure", preset.get("procedure", "interleaved"))
-        # A value that holds anyway is let pass: what is frozen beside a step has every key.
+        # A value that holds anyway is let pass.
         unread = [
             (key, f"procedure {procedure!r} does not read it, only {' and '.join(map(repr, READ_BY[key]))}")
             for key, value in given.items()
@@ -233,6 +233,11 @@ class AlknParams(DescentParams):
         if unread:
             raise WrongKeys(unread)
         return {**preset, **given}
+
+    @model_serializer(mode="wrap")
+    def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what the procedure reads: a key of another one says nothing about a step."""
+        return {k: v for k, v in dump(self).items() if self.procedure in READ_BY.get(k, (self.procedure,))}
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:

@@ -94,8 +94,11 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
     """Key and procedure are named; what a preset fills in is nobody's mistake, nor is a value that holds anyway."""
     for procedure in ("interleaved", "rounds", "once"):
         preset = {"interleaved": "interleaved", "rounds": "rounds", "once": "paper"}[procedure]
-        defaults = AlknParams(preset=preset).model_dump()  # type: ignore[arg-type]
-        for key, value in defaults.items():
+        params = AlknParams(preset=preset)  # type: ignore[arg-type]
+        defaults = params.model_dump()
+        assert {*defaults} == {k for k in AlknParams.model_fields if procedure in READ_BY.get(k, (procedure,))}
+        for key in AlknParams.model_fields:
+            value = getattr(params, key)
             assert AlknParams.model_validate({"preset": preset, key: value}).model_dump() == defaults
             other = not value if isinstance(value, bool) else 0.5 if value is None or isinstance(value, float) else "x"
             with pytest.raises(ValidationError) as error:
