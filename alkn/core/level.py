@@ -23,7 +23,8 @@ class Sureness:
 
     Attributes:
         scale: κ: the model's mean log-odds of a word that is drawn at random from the answers, over the background
-            model's, at the same places. What a model never saw its log-odds spread by κ times as much, too.
+            model's, at the same places; at least 1. On records that a model never saw, its log-odds spread κ times as
+            far as the background model's, too.
         highest: the model's mean log-odds of the words that do stand there.
     """
 
@@ -51,14 +52,16 @@ class Sureness:
             drawn = (log_p - torch.log((-torch.expm1(log_p)).clamp(min=1e-9))) @ shares.to(log_p)
             return torch.stack([log_odds(logits, targets), drawn])
 
-        own, drawn = torch.cat(read_labels(model, examples, read, columns=2), dim=1).double().mean(1).tolist()
+        # Three times [labels, V] at once: a quarter of the tokens that are scored at once.
+        values = read_labels(model, examples, read, columns=2, max_tokens=2048)
+        own, drawn = torch.cat(values, dim=1).double().mean(1).tolist()
         before = torch.cat([example.tokens[example.answer_start - 1 : -1] for example in examples])
         places = torch.bincount(before, minlength=background.vocab_size)
         expected = sum(
             int(places[v]) * float(torch.logit(background.probabilities(v)) @ shares.double())
             for v in torch.nonzero(places).flatten().tolist()
         )
-        return cls(drawn / (expected / len(before)), own)
+        return cls(max(1.0, drawn / (expected / len(before))), own)
 
 
 class Level:

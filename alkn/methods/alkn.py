@@ -51,8 +51,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     The repair is the retain cross-entropy and the distillation of a teacher on records in its own words: of the model
     before all requests whose records are replayed. The forget part is a loss on the log-odds of the answer tokens: each
     is brought to the level of a model that never saw the record, or soft labels push down what is known and rest while
-    the target is met. What is forgotten and what the teacher says is asked for behind damaged
-    answers too. An adversary who relearns may be held off in the same update.
+    the target is met. What is forgotten and what the teacher says is asked for behind damaged answers too. An adversary
+    who relearns may be held off in the same update.
     """
     before, _ = task.measure_stored()
     if task.stop.met(before):

@@ -99,16 +99,9 @@ def test_damage_brings_to_the_level_behind_other_words_too(memorised: Any) -> No
     in the training."""
     batch = damaged(collate(memorised.forget * 20, range(120), device=CPU), 0.6, seeded(3))
     off = []
-    fixed = {
-        "background_shift": 3.5,
-        "background_step": 0,
-        "steps": 300,
-        "decay_steps": 300,
-        "retain_batch": 0,
-        "rehearsal": 0,
-    }
+    bare = {"background_shift": 3.5, "background_step": 0, "retain_batch": 0, "rehearsal": 0}
     for share in (0.0, 0.6):
-        task, p = task_of(memorised, stop=NEVER), interleaved_of(damage=share, steps=300, decay_steps=300, **fixed)
+        task, p = task_of(memorised, stop=NEVER), interleaved_of(damage=share, steps=300, decay_steps=300, **bare)
         level, _ = _level(task, None, p)
         alkn(task, p)
         with torch.no_grad():
