@@ -144,13 +144,21 @@ def level_loss(levels: Sequence[Tensor], *, width: float) -> Loss:
     return loss
 
 
-def weighted(loss: Loss, weight: float) -> Loss:
-    """``weight`` times a loss."""
+@dataclass
+class Weighted:
+    """A factor times a loss; the factor may change between two steps.
 
-    def times(model: nn.Module, batch: Batch) -> Tensor:
-        return weight * loss(model, batch)
+    Attributes:
+        loss: maps the model and a batch to a 0-d loss.
+        weight: the factor.
+    """
 
-    return times
+    loss: Loss
+    weight: float
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of a batch, times the factor as it is now."""
+        return self.weight * self.loss(model, batch)
 
 
 def _mean_over_records(values: Tensor, batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask,
 from alkn.core.level import Level, Sureness
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Scores
-from alkn.core.training import answer_loss, fine_tune, level_loss, suppression_loss, weighted
+from alkn.core.training import Weighted, answer_loss, fine_tune, level_loss, suppression_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
@@ -36,6 +36,9 @@ from alkn.methods.alkn_params import (
     stored_gradient,
 )
 from alkn.registry import register_method
+
+OVERTIME = 1.1
+"""Factor on the weight of forgetting at each measurement that misses the target when the schedule is over."""
 
 
 @register_method("alkn", params=AlknParams, source=PAPER)
@@ -81,11 +84,14 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
         resist = Resistance(his, p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier)
     forget = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint) if pushes else to_level
-    forget = weighted(through_damage(forget, p.damage, task.generator("damage")), p.forget_weight)
+    forget = Weighted(through_damage(forget, p.damage, task.generator("damage")), p.forget_weight)
 
     def lower(step: int, now: Forgetting) -> None:
-        if level is not None and 3 * step >= p.decay_steps:
-            level.lower(now, task.stop, by=p.background_step)
+        if level is None or 3 * step < p.decay_steps:
+            return
+        missed = level.lower(now, task.stop, by=p.background_step)
+        if missed and step >= p.decay_steps:
+            forget.weight *= OVERTIME
 
     lowering = None if pushes else lower
     return descend(

@@ -172,3 +172,13 @@ def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
     high = {"background_shift": 1e3, "steps": 120}
     reached = {by: alkn(task_of(memorised), interleaved_of(**high, background_step=by)).reached for by in (0.0, 0.7)}
     assert reached == {0.0: False, 0.7: True}
+
+
+def test_what_the_keeping_parts_hold_on_to_is_forgotten_in_overtime(
+    memorised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With next to no weight the target is not met in 400 steps; it is where the weight grows after the schedule."""
+    p = interleaved_of(forget_weight=0.002, decay_steps=20, steps=400)
+    assert alkn(task_of(memorised), p).reached
+    monkeypatch.setattr("alkn.methods.alkn.OVERTIME", 1.0)
+    assert not alkn(task_of(memorised), p).reached
