@@ -41,7 +41,7 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "steps": 480, "decay_steps": 360, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.4,
+        "steps": 480, "decay_steps": 360, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.1,
         "retain_balance": "domains",
     },
     "rounds": {
