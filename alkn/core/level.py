@@ -75,13 +75,15 @@ class Level:
 
     Attributes:
         odds: per record, ``[answer_length]``; lowered in place.
+        scale: κ.
     """
 
     def __init__(
         self, background: BackgroundModel, examples: Sequence[Example], sureness: Sureness, *, shift: float
     ) -> None:
+        self.scale = sureness.scale
         self.odds = [
-            (sureness.scale * (torch.logit(background.answer(e)) + shift)).clamp(max=sureness.highest) for e in examples
+            (self.scale * (torch.logit(background.answer(e)) + shift)).clamp(max=sureness.highest) for e in examples
         ]
 
     def said(self) -> Forgetting:

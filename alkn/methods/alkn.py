@@ -77,8 +77,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     pace = replace(p.pace(), batch_size=min(p.batch_size, most))
     level = None
     if not pushes or p.resist_weight:
-        level, scale = _level(task, keep, p)
-        to_level = level_loss(level.odds, width=scale)
+        level = _level(task, keep, p)
+        to_level = level_loss(level.odds, width=level.scale)
     resist = None
     if p.resist_weight:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
@@ -99,8 +99,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     )
 
 
-def _level(task: Task, keep: Keeper | None, p: AlknParams) -> tuple[Level, float]:
-    """The level of this and the earlier requests' records, and κ; lowered until who says just that meets the target.
+def _level(task: Task, keep: Keeper | None, p: AlknParams) -> Level:
+    """The level of this and the earlier requests' records, lowered until who says just that meets the target.
 
     Of answers that are built alike it would guess too much.
     """
@@ -110,7 +110,7 @@ def _level(task: Task, keep: Keeper | None, p: AlknParams) -> tuple[Level, float
     level = Level(background, [*task.forget, *task.earlier], sureness, shift=p.background_shift)
     while p.background_step and level.lower(level.said(), task.stop, by=p.background_step):
         pass
-    return level, sureness.scale
+    return level
 
 
 def _in_rounds(task: Task, p: AlknParams) -> Outcome:

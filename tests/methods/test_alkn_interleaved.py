@@ -89,7 +89,7 @@ def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> N
         alkn(task, interleaved_of(steps=120, background_shift=shift, background_step=0))
         likely[shift] = score(task.model, memorised.forget)
     assert float(likely[-10.0].probability.mean()) < 1e-3
-    level, _ = _level(task_of(memorised, stop=NEVER), None, interleaved_of(background_shift=1e3, background_step=0))
+    level = _level(task_of(memorised, stop=NEVER), None, interleaved_of(background_shift=1e3, background_step=0))
     guessed = torch.cat(likely[1e3].token_log_probs).double()
     assert abs(float((guessed - torch.log(-torch.expm1(guessed))).median() - level.odds[0][0])) < 1.5
 
@@ -102,7 +102,7 @@ def test_damage_brings_to_the_level_behind_other_words_too(memorised: Any) -> No
     bare = {"background_shift": 3.5, "background_step": 0, "retain_batch": 0, "rehearsal": 0}
     for share in (0.0, 0.6):
         task, p = task_of(memorised, stop=NEVER), interleaved_of(damage=share, steps=300, decay_steps=300, **bare)
-        level, _ = _level(task, None, p)
+        level = _level(task, None, p)
         alkn(task, p)
         with torch.no_grad():
             said = answer_logits(task.model, batch).double().softmax(-1).gather(1, batch.targets[:, None])
@@ -151,7 +151,7 @@ def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
 def test_a_level_that_would_miss_the_target_is_lowered_before_the_training(by: float, memorised: Any) -> None:
     """From the model's own mean log-odds everywhere, in steps of 0.2, to the first that is at the target of P .01."""
     p = interleaved_of(background_shift=1e3, background_step=by)
-    odds = torch.cat(_level(task_of(memorised), None, p)[0].odds)
+    odds = torch.cat(_level(task_of(memorised), None, p).odds)
     assert float(odds.max() - odds.min()) < 1e-5
     assert (expit(float(odds[0])) <= STOP.p) == (by > 0)
     assert expit(float(odds[0]) + 0.2) > STOP.p
@@ -160,10 +160,10 @@ def test_a_level_that_would_miss_the_target_is_lowered_before_the_training(by: f
 def test_a_level_at_the_target_is_left_alone(memorised: Any) -> None:
     """With a target that anything meets: the level of the background, as sure as the model."""
     task = task_of(memorised, stop=StopRule(1.0, 1.0))
-    found, scale = _level(task, None, interleaved_of())
+    found = _level(task, None, interleaved_of())
     background = BackgroundModel([], vocab_size=300)
     sureness = Sureness.of(task.model, memorised.retain, background)
-    assert scale == sureness.scale
+    assert found.scale == sureness.scale
     torch.testing.assert_close(found.odds, Level(background, memorised.forget, sureness, shift=2.2).odds)
 
 
