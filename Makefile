@@ -35,7 +35,7 @@ lint: install  ## Lint and types only
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
-bench: install  ## All methods over TOFU, three seeds, into docs/RESULTS.md; hours, may be stopped and goes on
+bench: install  ## All methods over TOFU, three seeds, into docs/RESULTS.md; hours, makes what is not on record there
 	@PATH="$(CURDIR)/$(BIN):$$PATH" alkn compare configs/compare_tofu.yaml --folder .bench/tofu --page docs/RESULTS.md
 
 bench-tofu: install  ## The TOFU protocol of docs/EXPERIMENTS.md, next to the published numbers
@@ -44,7 +44,7 @@ bench-tofu: install  ## The TOFU protocol of docs/EXPERIMENTS.md, next to the pu
 bench-speed: install  ## Speed, memory and cost as ratios measured in one run (docs/PERFORMANCE.md)
 	$(BIN)/python -m flows.bench_speed
 
-bench-evaluation: install  ## What a step's evaluation costs, on the TOFU chain that 'make bench' left (docs/PERFORMANCE.md)
+bench-evaluation: install  ## What a step's evaluation costs, on the base model of a TOFU comparison made here (docs/PERFORMANCE.md)
 	$(BIN)/python -m flows.bench_evaluation .bench/tofu/base/seed0
 
 clean:  ## Back to the three pending requests

@@ -16,7 +16,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from alkn.compare.cell import ground_is_made
 from alkn.compare.config import Cell, Comparison, Entry, load_comparison
 from alkn.compare.report import table_rows, write_report
-from alkn.compare.results import CellResult, choose, collect, is_complete, read_cell
+from alkn.compare.results import CellResult, choose, collect, is_complete, made_here, read_cell
 from alkn.errors import ChainBusy
 from alkn.files import write_bytes
 from alkn.project import Project
@@ -65,7 +65,7 @@ def make_cells(folder: str, config: str, comparison: Comparison, entries: Sequen
     work = Work(folder, config, comparison)
     with cell_bars(Path(folder)), stopped_with_the_flow():
         # Before any cell: one that waits for its base takes a place.
-        for seed in dict.fromkeys(seed for entry in entries for seed in comparison.seeds_of(entry)):
+        for seed in dict.fromkeys(seed for entry in entries for seed in work.seeds(entry)):
             work.base(seed)
         # Sweeps first: others wait for what they choose.
         trials = {entry.label: [work.start(cell) for cell in comparison.trials(entry)] for entry in entries}
@@ -102,9 +102,9 @@ class Work:
 
     def start(self, cell: Cell) -> Started:
         """Submit a cell, unless nothing of it is left to make."""
-        base = self.base(cell.seed)
-        if base == "" and is_complete(self._result(cell), self._comparison):
+        if self._complete(cell):
             return cell, None
+        base = self.base(cell.seed)
         named = make_cell.with_options(task_run_name=cell.title)
         return cell, named.submit(self._folder, self._config, cell, base)  # type: ignore[arg-type]
 
@@ -117,7 +117,8 @@ class Work:
                 self.failed[cell.title] = reason
                 results.append(None)
                 continue
-            log_cell(self._folder, self._comparison, cell)
+            if made_here(Path(self._folder), self._comparison, cell) is not None:
+                log_cell(self._folder, self._comparison, cell)
             results.append(self._result(cell))
             if future is not None:
                 so_far = collect(Path(self._folder), self._comparison)
@@ -130,6 +131,20 @@ class Work:
             made = ground_is_made(Path(self._folder), self._comparison, seed)
             self._bases[seed] = "" if made else make_base.submit(self._folder, self._config, seed)
         return self._bases[seed]
+
+    def seeds(self, entry: Entry) -> list[int]:
+        """The seeds of which something is left to make for a method."""
+        comparison, best = self._comparison, ""
+        trials = comparison.trials(entry)
+        if not all(map(self._complete, trials)):
+            return list(comparison.seeds_of(entry))
+        if trials:
+            tried = [result for result in map(self._result, trials) if result is not None]
+            best = choose(tried, comparison.choose_by).cell.variant
+        return [cell.seed for cell in comparison.cells(entry, best) if not self._complete(cell)]
+
+    def _complete(self, cell: Cell) -> bool:
+        return is_complete(self._result(cell), self._comparison)
 
     def _result(self, cell: Cell) -> CellResult | None:
         return read_cell(Path(self._folder), self._comparison, cell)

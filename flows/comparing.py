@@ -11,6 +11,7 @@ from typing import Any
 
 from alkn.compare.config import load_comparison
 from alkn.compare.page import write_page
+from alkn.compare.record import take_up
 from alkn.compare.report import table_rows, write_report
 from alkn.compare.results import Results, collect
 from flows.server import prefect_api
@@ -51,11 +52,13 @@ def run_comparison(
     comparison = load_comparison(config)
     comparison.only(only)
     failed: dict[str, str] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    if page is not None:
+        take_up(folder, page)
     if report_only:
         write_report(folder, comparison, collect(folder, comparison))
     else:
         # A Prefect home of the comparison's own, before Prefect is imported and reads its settings.
-        folder.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / ".prefect"))
         with prefect_api(Path(".")):
             from flows.compare import compare

@@ -20,7 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from alkn.compare.cell import project_of, state_file
 from alkn.compare.config import Cell, Comparison
 from alkn.compare.report import write_report
-from alkn.compare.results import CellResult, Results, StepResult, collect, read_cell
+from alkn.compare.results import CellResult, Results, StepResult, collect, made_here
 from alkn.compare.worker import EVERY_S, SAID, job_of
 from alkn.files import digest_of, digest_of_value, read_json
 from tasks.tracking import ComparisonTracker, TrackingUnavailable
@@ -66,7 +66,7 @@ def make_cell(folder: str, config: str, cell: Cell, ground: str) -> str:
 def log_cell(folder: str, comparison: Comparison, cell: Cell) -> None:
     """Log a cell that is over to MLflow; while tracking is down, the next run does."""
     root = Path(folder)
-    result, key = read_cell(root, comparison, cell), read_json(state_file(root, cell))["key"]
+    result, key = made_here(root, comparison, cell), read_json(state_file(root, cell))["key"]
     if result is None:
         return
     settings = comparison.cell_settings(cell)

@@ -7,6 +7,7 @@ decide what is left to do, so a cell that was cut off goes on where it was.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
@@ -20,6 +21,7 @@ from alkn import chain
 from alkn.attacking import attack_step
 from alkn.compare.config import Cell, Comparison
 from alkn.compare.final import make_references, measure_final
+from alkn.compare.record import Made, settings_of_ground
 from alkn.core.scoring import Progress
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError, TrainingDiverged
@@ -97,14 +99,8 @@ def ground_is_made(folder: Path, comparison: Comparison, seed: int) -> bool:
     if manifest is None or not ground.base.params.is_file() or not ground.data_params.is_file():
         return False
     made = load_settings(ground.data_params).of_data() | load_settings(ground.base.params).of_base()
-    wanted = _ground_settings(settings)
+    wanted = settings_of_ground(settings)
     return {name: made[name] for name in wanted} == wanted and outputs_hold(ground.base, manifest)
-
-
-def _ground_settings(settings: Settings) -> dict[str, Any]:
-    """What decides splits and base model; its evaluation and the machine's part do not."""
-    every = settings.of_data() | settings.of_base()
-    return {name: every[name] for name in ("seed", "benchmark", "data", "base")}
 
 
 def run_cell(folder: Path, comparison: Comparison, cell: Cell, tell: Tell) -> Mapping[str, Any]:
@@ -128,7 +124,7 @@ def run_cell(folder: Path, comparison: Comparison, cell: Cell, tell: Tell) -> Ma
             known = _chain(project, settings, requests, every, tell)
         if known["state"] == "done" and not cell.trial:
             measure_final(project, ground, settings, comparison, requests, _telling(tell, "final"))
-        state = {"key": key, **known}
+        state = {"key": key, "made": dataclasses.asdict(Made.here()), **known}
         write_json(path, state)
         # A trial's are needed by the whole cell, should it be chosen.
         if known["state"] == "done" and comparison.keep == "last" and not cell.trial:
@@ -142,15 +138,28 @@ def key_of(ground: Project, settings: Settings) -> str:
     Raises:
         ChainBroken: if the base model is not made yet.
     """
+    return digest_of_value(
+        {
+            "settings": settings.of_step(), "ground": settings_of_ground(settings),
+            "base": _base_manifest(ground)["outputs"], "data": splits_of(ground), "requests": requests_of(ground),
+        }
+    )  # fmt: skip
+
+
+def splits_of(ground: Project) -> str:
+    """A digest of a seed's data.
+
+    Raises:
+        ChainBroken: if the base model is not made yet.
+    """
+    return str(_base_manifest(ground)["inputs"].get("splits"))
+
+
+def _base_manifest(ground: Project) -> Mapping[str, Any]:
     base = read_manifest(ground.base)
     if base is None:
         raise ChainBroken(f"{ground.root.name}: the base model of this seed is not there")
-    return digest_of_value(
-        {
-            "settings": settings.of_step(), "ground": _ground_settings(settings), "base": base["outputs"],
-            "data": base["inputs"].get("splits"), "requests": requests_of(ground),
-        }
-    )  # fmt: skip
+    return base
 
 
 def _known_state(path: Path, project: Project, requests: list[str], key: str) -> dict[str, Any] | None:

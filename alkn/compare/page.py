@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
 from alkn.compare.config import Comparison
+from alkn.compare.record import CELLS, page_folder
 from alkn.compare.report import table_page
 from alkn.compare.results import Results
 from alkn.files import write_bytes
-from alkn.manifest import code_version, environment
 
 PICTURES = {
     "utility": "Utility never drawn on against requests, at equal forgetting where the marker is filled",
@@ -21,7 +20,7 @@ PICTURES = {
 
 
 def write_page(path: Path, folder: Path, comparison: Comparison, results: Results, *, command: str) -> None:
-    """Write the page and, beside it in a folder of its name, the pictures.
+    """Write the page and, beside it in a folder of its name, the pictures and every number of every cell.
 
     Args:
         path: the page, a Markdown file.
@@ -30,7 +29,8 @@ def write_page(path: Path, folder: Path, comparison: Comparison, results: Result
         results: what the report shows.
         command: what was typed.
     """
-    pictures = path.with_name(path.stem.lower())
+    pictures = page_folder(path)
+    write_bytes(pictures / CELLS, (folder / "report" / CELLS).read_bytes())
     lines = []
     attacks = {name: f"What the attack {name} brings back from the last model" for name in comparison.attacks}
     for name, caption in {**PICTURES, **attacks}.items():
@@ -39,33 +39,24 @@ def write_page(path: Path, folder: Path, comparison: Comparison, results: Result
             write_bytes(pictures / source.name, source.read_bytes())
             lines += [f"![{caption}]({pictures.name}/{source.name})", "", f"*{caption}.*", ""]
     title, _, rest = table_page(comparison, results).partition("\n")
-    parts = [title, "\n".join(_how(comparison, results, command)), rest.strip(), "\n".join(lines).strip()]
+    parts = [title, "\n".join(_how(path, results, command)), rest.strip(), "\n".join(lines).strip()]
     write_bytes(path, ("\n\n".join(filter(None, parts)) + "\n").encode())
 
 
-def _how(comparison: Comparison, results: Results, command: str) -> list[str]:
+def _how(page: Path, results: Results, command: str) -> list[str]:
     seeds = sorted({cell.cell.seed for cell in results.cells})
-    versions = environment()
+    codes = Counter(f"{cell.made.code} of {cell.made.date}" for cell in results.cells)
+    machines = Counter(cell.made.machine for cell in results.cells)
     return [
         f"    {command}",
         "",
         f"- Written {datetime.now(UTC):%Y-%m-%d}; seeds {', '.join(map(str, seeds)) or 'none yet'} (initialisation and"
-        " data order of the base model, and every choice of the methods); code"
-        f" {code_version().get('commit', code_version()['version'])[:12]}.",
-        f"- Machine: {_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB; torch {versions['torch']},"
-        f" transformers {versions['transformers']}, Python {versions['python']}."
-        " Seconds are wall time with other cells beside them.",
+        " data order of the base model, and every choice of the methods).",
+        f"- Code (cells and trials): {_counted(codes)}. Every number of every one: `{page_folder(page).name}/{CELLS}`.",
+        f"- Machine: {_counted(machines)}. Seconds are wall time with other cells beside them.",
     ]
 
 
-def _processor() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+def _counted(counts: Counter[str]) -> str:
+    """What there is of each, most first."""
+    return "; ".join(f"{what} ({count})" for what, count in counts.most_common()) or "none yet"

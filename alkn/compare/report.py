@@ -11,6 +11,7 @@ from typing import Any
 
 from alkn.compare import plots
 from alkn.compare.config import Comparison
+from alkn.compare.record import CELLS
 from alkn.compare.results import CellResult, Results, Row, Spread
 from alkn.files import write_bytes, write_json
 
@@ -33,8 +34,8 @@ def write_report(folder: Path, comparison: Comparison, results: Results, *, pict
     write_bytes(out / "table.md", table_page(comparison, results).encode())
     write_bytes(out / "table.csv", _csv(table_rows(results)))
     write_bytes(out / "sweep.csv", _csv(sweep_rows(results)))
-    write_json(out / "cells.json", [cell_row(cell) for cell in results.cells])
-    files = [out / name for name in ("table.md", "table.csv", "sweep.csv", "cells.json")]
+    write_json(out / CELLS, [cell_row(cell) for cell in results.cells])
+    files = [out / name for name in ("table.md", "table.csv", "sweep.csv", CELLS)]
     return files + (plots.write_plots(out, results) if pictures and results.cells else [])
 
 

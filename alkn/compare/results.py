@@ -9,9 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alkn.compare.cell import ahead_file, chain_of, ground_of, key_of, project_of, requests_of, state_file
+from alkn.compare.cell import (
+    ahead_file,
+    chain_of,
+    ground_of,
+    key_of,
+    project_of,
+    requests_of,
+    splits_of,
+    state_file,
+)
 from alkn.compare.config import Cell, Comparison, Entry
 from alkn.compare.final import final_file, wanted_of
+from alkn.compare.record import Made, asked_of, on_record
 from alkn.files import read_json
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
@@ -73,6 +83,9 @@ class CellResult:
         chain: the ids of its requests, also of those that a divergence left out; a trial has the first ones.
         base: the model before any request.
         steps: the model after each request.
+        asked: a digest of its settings, see :func:`alkn.compare.record.asked_of`.
+        splits: a digest of its data.
+        made: by which code, when and where.
         final: what was measured of the last model alone, see :mod:`alkn.compare.final`.
     """
 
@@ -83,6 +96,9 @@ class CellResult:
     chain: Sequence[str]
     base: StepResult
     steps: Sequence[StepResult]
+    asked: str
+    splits: str
+    made: Made
     final: Mapping[str, Any] = field(default_factory=dict)
 
     def reached(self, step: StepResult) -> bool:
@@ -268,10 +284,16 @@ def choose(results: Sequence[CellResult], domain: str | None) -> CellResult:
 
 
 def read_cell(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | None:
-    """A cell that is over and was made with the present settings, or ``None``."""
+    """A cell that is over and was made with the present settings, here or on record, or ``None``."""
+    made = made_here(folder, comparison, cell)
+    return made if is_complete(made, comparison) else _recorded(folder, comparison, cell) or made
+
+
+def made_here(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | None:
+    """The same, of what was made in this folder alone."""
     project, ground = project_of(folder, cell), ground_of(folder, cell.seed)
     path = state_file(folder, cell)
-    if not path.is_file():
+    if not path.is_file() or read_manifest(ground.base) is None:
         return None
     state = read_json(path)
     if state["requests"] != chain_of(comparison, cell, requests_of(ground)):
@@ -280,6 +302,7 @@ def read_cell(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | 
         return None
     limits = Level(state["limits"]["p"], state["limits"]["exact_memorization"])
     chain = state["requests"]
+    final = read_json(final_file(project)) if final_file(project).is_file() else {}
     return CellResult(
         cell=cell,
         state=state["state"],
@@ -288,8 +311,34 @@ def read_cell(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | 
         chain=chain,
         base=_base(ground),
         steps=[_step(project.step(request)) for request in chain[: state["steps"]]],
-        final={} if cell.trial else _final(project, comparison),
+        asked=asked_of(comparison, cell),
+        splits=splits_of(ground),
+        made=Made(**state["made"]),
+        final={} if cell.trial else _wanted(final, comparison),
     )
+
+
+def _recorded(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | None:
+    """A cell on record: of the same settings, and of the same data as the seed's, where they are here."""
+    row, ground = on_record(folder).get(cell.name), ground_of(folder, cell.seed)
+    if row is None or row["asked"] != asked_of(comparison, cell):
+        return None
+    if read_manifest(ground.base) is not None and row["splits"] != splits_of(ground):
+        return None
+    known = {name: row[name] for name in ("state", "reason", "chain", "asked", "splits")}
+    return CellResult(
+        cell=cell,
+        limits=Level(**row["limits"]),
+        base=_recorded_step(row["base"]),
+        steps=[_recorded_step(step) for step in row["steps"]],
+        made=Made(**row["made"]),
+        final=_wanted(row["final"], comparison),
+        **known,
+    )
+
+
+def _recorded_step(row: Mapping[str, Any]) -> StepResult:
+    return StepResult(**{**row, "requests": {name: Level(**level) for name, level in row["requests"].items()}})
 
 
 def is_complete(result: CellResult | None, comparison: Comparison) -> bool:
@@ -299,11 +348,10 @@ def is_complete(result: CellResult | None, comparison: Comparison) -> bool:
     return result.cell.trial or bool(result.final) or not any(wanted_of(comparison).values())
 
 
-def _final(project: Project, comparison: Comparison) -> dict[str, Any]:
-    """The content of final.json, if it holds what the settings ask for now."""
-    path, wanted = final_file(project), wanted_of(comparison)
-    found = dict(read_json(path)) if path.is_file() else {"inputs": {}}
-    return found if {name: found["inputs"].get(name) for name in wanted} == wanted else {}
+def _wanted(final: Mapping[str, Any], comparison: Comparison) -> Mapping[str, Any]:
+    """The content of a final.json, if it holds what the settings ask for now."""
+    wanted = wanted_of(comparison)
+    return final if {name: final.get("inputs", {}).get(name) for name in wanted} == wanted else {}
 
 
 def _base(ground: Project) -> StepResult:

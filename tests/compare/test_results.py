@@ -11,11 +11,13 @@ import pytest
 
 from alkn.compare import plots
 from alkn.compare.config import Cell, Comparison, Entry
+from alkn.compare.record import Made
 from alkn.compare.report import table_page, table_rows, write_report
 from alkn.compare.results import CellResult, Level, Results, Row, Spread, StepResult, Trial, choose
 
 CHAIN = ("r1", "r2", "r3")
 LIMITS = Level(0.01, 0.13)
+WHENCE = ("sha256:asked", "sha256:splits", Made("c0ffee", "2026-11-26", "a machine"))
 
 
 def made_up(
@@ -39,7 +41,7 @@ def made_up(
     ]  # fmt: skip
     state = "done" if steps == len(CHAIN) else "diverged"
     return CellResult(
-        Cell(label, variant, seed), state, "" if state == "done" else "r3: loss", LIMITS, CHAIN, base, made
+        Cell(label, variant, seed), state, "" if state == "done" else "r3: loss", LIMITS, CHAIN, base, made, *WHENCE
     )
 
 
@@ -77,7 +79,9 @@ def test_quantities_are_the_worst_the_last_and_the_sum() -> None:
 def test_a_number_that_could_not_be_computed_is_not_left_out_of_the_worst() -> None:
     cell = made_up("a", 0)
     broken = StepResult("r3", {**cell.steps[2].requests, "r3": Level(None, 0.1)}, {}, {}, 1, None)
-    numbers = CellResult(cell.cell, "done", "", LIMITS, CHAIN, cell.base, [*cell.steps[:2], broken]).quantities()
+    numbers = CellResult(
+        cell.cell, "done", "", LIMITS, CHAIN, cell.base, [*cell.steps[:2], broken], *WHENCE
+    ).quantities()
     assert numbers["p"] is None and numbers["em"] is not None
     assert numbers["seconds"] is None, "seconds that an interrupted run lost are not zero"
 
@@ -87,7 +91,7 @@ def test_a_number_that_could_not_be_computed_is_not_left_out_of_the_worst() -> N
 )
 def test_a_target_is_reached_by_both_numbers(p: float | None, em: float, reached: bool) -> None:
     step = StepResult("r1", {"r1": Level(p, em)}, {}, {})
-    cell = CellResult(Cell("a", "", 0), "done", "", LIMITS, ("r1",), step, [step])
+    cell = CellResult(Cell("a", "", 0), "done", "", LIMITS, ("r1",), step, [step], *WHENCE)
     assert cell.reached(step) is reached
 
 

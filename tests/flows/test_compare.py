@@ -290,6 +290,46 @@ def test_a_changed_method_and_its_sweep_leave_the_other_alone(
     assert (row["variant"], row["seeds"]) == (chosen, "0 1")
 
 
+def test_what_is_on_record_beside_a_page_is_not_made_again(
+    compared: Place,
+    tmp_path: Path,
+    env: dict[str, str],
+    shared_server: Callable[[], str],
+    warm_alkn: Callable[..., Any],
+) -> None:
+    """Another machine has the page and its record alone: it shows the same table, and makes what is asked anew."""
+    page = ("--page", "docs/RESULTS.md")
+    done = warm_alkn(compared, "compare", "compare.yaml", "--folder", "out", "--report-only", *page)
+    assert done.returncode == 0, done.stderr
+    place = place_in(tmp_path, env, shared_server)
+    shutil.copytree(compared.path("docs"), place.path("docs"))
+    record = place.path("docs/results/cells.json").read_bytes()
+    found = compare(place, *page)
+    assert found["failed"] == {} and found["missing"] == []
+    assert not place.path("out/base").exists() and not place.path("out/cells").exists()
+    for name in ("table.md", "table.csv", "cells.json"):
+        assert place.path(f"out/report/{name}").read_bytes() == compared.path(f"out/report/{name}").read_bytes()
+    assert place.path("docs/results/cells.json").read_bytes() == record
+
+    changed = json.loads(json.dumps(COMPARISON))
+    changed["methods"][1]["method"]["lr"] = 0.002
+    place.path("compare.yaml").write_text(yaml.safe_dump(changed))
+    found = compare(place, *page)
+    assert found["failed"] == {} and found["missing"] == []
+    assert [path.name for path in place.path("out/cells").iterdir()] == ["gd"]
+    rows = {row["method"]: row for row in found["rows"]}
+    before = {row["method"]: row for row in compare(compared, "--report-only")["rows"]}
+    assert rows["negation"] == before["negation"]
+    assert rows["gd"]["never/customers mean"] != before["gd"]["never/customers mean"]
+
+    # Other attacks ask for other numbers of the last models.
+    changed["attacks"]["relearning"]["share"] = 0.3
+    place.path("compare.yaml").write_text(yaml.safe_dump(changed))
+    left = compare(place, "--report-only", *page)
+    assert "attack/relearning mean" in before["gd"]
+    assert not [row for row in left["rows"] if row.get("attack/relearning mean") is not None]
+
+
 def test_what_is_wrong_is_said_before_anything_is_made(compared: Place, warm_alkn: Callable[..., Any]) -> None:
     done = warm_alkn(compared, "compare", "compare.yaml", "--folder", "other", "--only", "gdd")
     assert done.returncode == 2 and "unknown method label 'gdd'. Did you mean 'gd'?" in done.stderr
