@@ -35,11 +35,11 @@ def test_interleaved_meets_the_target_and_keeps_the_retain_set(memorised: Any, f
 
 
 def test_interleaved_reports_a_target_out_of_reach(memorised: Any) -> None:
-    """All steps are taken; each passes six forget records, six retain and six written ones, all finite."""
+    """All steps are taken; each passes two forget records, six retain and six written ones, all finite."""
     task = task_of(memorised, stop=NEVER)
     outcome = alkn(task, interleaved_of(steps=20))
     assert not outcome.reached and [row["round"] for row in outcome.history] == [0, 5, 10, 15, 20]
-    assert 0 < outcome.passes - 20 * (6 + 6 + 6) <= 12
+    assert 0 < outcome.passes - 20 * (2 + 6 + 6) <= 12
     assert all(bool(torch.isfinite(w).all()) for w in task.weights().values())
 
 
@@ -51,28 +51,37 @@ def test_interleaved_measures_the_model_that_it_leaves(memorised: Any) -> None:
 
 
 @pytest.mark.parametrize(("every", "batch_size", "taken"), [(3, 6, 2), (4, 6, 2), (1, 4, 4), (2, 2, 2), (50, 6, 1)])
-def test_an_epoch_that_pushes_takes_at_least_as_long_as_a_measurement(
+def test_an_epoch_takes_at_least_as_long_as_a_measurement(
     every: int, batch_size: int, taken: int, memorised: Any
 ) -> None:
-    """Six records that are known by heart: with three steps between measurements, two of them a step. Towards a level
-    a record cannot be pushed too far: there a batch is as large as asked for, and no larger than the request."""
-    for loss, count in (("soft_labels", taken), ("level", batch_size)):
+    """Six records that are known by heart: with three steps between measurements, two of them a step."""
+    for loss in ("soft_labels", "level"):
         task = task_of(memorised, stop=NEVER)
         bare = {"retain_batch": 0, "rehearsal": 0, "lr": 1e-9, "steps": 12, "forget_loss": loss}
-        assert alkn(task, interleaved_of(**bare, check_every=every, batch_size=batch_size)).passes == 12 * count
+        assert alkn(task, interleaved_of(**bare, check_every=every, batch_size=batch_size)).passes == 12 * taken
+
+
+def test_a_record_of_a_small_request_pulls_as_hard_as_any(memorised: Any) -> None:
+    """Two of six records a step, where a batch could hold six: a third of the weight of a batch."""
+    left = []
+    for batch_size, weight in ((6, 0.75), (2, 0.25), (2, 0.75)):
+        task = task_of(memorised, stop=NEVER)
+        alkn(task, interleaved_of(steps=6, check_every=3, batch_size=batch_size, forget_weight=weight))
+        left.append(torch.cat([w.flatten() for w in task.weights().values()]))
+    assert torch.equal(left[0], left[1]) and not torch.equal(left[0], left[2])
 
 
 def test_interleaved_without_rehearsal(memorised: Any) -> None:
     """Then nothing is written, and only retain records keep."""
     task = task_of(memorised, stop=NEVER)
-    assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (6 + 6)
+    assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (2 + 6)
 
 
 def test_interleaved_without_retain_records(memorised: Any) -> None:
     """No-retain mode: nothing is kept and nothing is drawn on; asking for either names the keys."""
     task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
     outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0))
-    assert outcome.reached and outcome.passes == 6 * outcome.history[-1]["round"]
+    assert outcome.reached and outcome.passes == 2 * outcome.history[-1]["round"]
     task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
     outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0, forget_loss="soft_labels"))
     pushed = [row for row in outcome.history[:-1] if not STOP.met(Forgetting(row["p"], row["exact_memorization"]))]
@@ -113,9 +122,9 @@ def test_damage_brings_to_the_level_behind_other_words_too(memorised: Any) -> No
 @pytest.mark.parametrize(
     ("given", "each_step"),
     [
-        ({}, [6, 6]),
+        ({}, [6, 2]),
         ({"forget_loss": "soft_labels"}, [6, 2]),
-        ({"preset": "resistant"}, [6, 6, 5]),
+        ({"preset": "resistant"}, [6, 2, 2]),
         ({"damage": 0.0}, []),
     ],
 )
@@ -135,7 +144,7 @@ def test_what_is_damaged(
 
 
 def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
-    """Without keeping parts: six forget records a step, one that he has, five that he has not."""
+    """Without keeping parts: two forget records a step, one that he has, two that he has not."""
     plain, held = (
         alkn(
             task_of(memorised, stop=NEVER),
@@ -143,7 +152,7 @@ def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
         )
         for weight in (0.0, 0.3)
     )
-    assert (plain.passes, held.passes) == (7 * 6, 7 * (6 + 1 + 5))
+    assert (plain.passes, held.passes) == (7 * 2, 7 * (2 + 1 + 2))
     assert plain.history[-1] != held.history[-1]
 
 
