@@ -16,7 +16,16 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from alkn.compare.cell import ground_is_made
 from alkn.compare.config import Cell, Comparison, Entry, load_comparison
 from alkn.compare.report import table_rows, write_report
-from alkn.compare.results import CellResult, choose, collect, is_complete, made_here, read_cell
+from alkn.compare.results import (
+    CellResult,
+    choose,
+    collect,
+    is_complete,
+    made_here,
+    read_cell,
+    read_record,
+    write_record,
+)
 from alkn.errors import ChainBusy
 from alkn.files import write_bytes
 from alkn.project import Project
@@ -27,7 +36,9 @@ FLOW = "compare"
 
 
 @flow(name=FLOW, persist_result=False)
-def compare(config: str, folder: str, workers: int | None = None, only: list[str] | None = None) -> dict[str, Any]:
+def compare(
+    config: str, folder: str, workers: int | None = None, only: list[str] | None = None, record: str | None = None
+) -> dict[str, Any]:
     """Make what is missing of a comparison, and its report.
 
     Args:
@@ -35,6 +46,7 @@ def compare(config: str, folder: str, workers: int | None = None, only: list[str
         folder: where everything goes; what lies there already is gone on with.
         workers: cells at a time; default: the settings', else what the machine has.
         only: labels of methods; the others are left as they are.
+        record: the ``cells.json`` beside a page: what is on it is not made again, and what is made comes on it.
 
     Returns:
         ``rows`` of the table, and ``failed``: cell -> why it could not be made.
@@ -50,19 +62,21 @@ def compare(config: str, folder: str, workers: int | None = None, only: list[str
         Project(root).key(create=True)
         frozen = root / "compare.yaml"
         write_bytes(frozen, Path(config).read_bytes())
-        failed = make_cells.with_options(task_runner=runner)(str(root), str(frozen), comparison, entries)
-        results = report(str(root), comparison)
+        failed = make_cells.with_options(task_runner=runner)(str(root), str(frozen), comparison, entries, record)
+        results = report(str(root), comparison, record)
     return {"rows": table_rows(results), "failed": failed}
 
 
 @flow(name="compare-cells", persist_result=False, validate_parameters=False)
-def make_cells(folder: str, config: str, comparison: Comparison, entries: Sequence[Entry]) -> dict[str, str]:
+def make_cells(
+    folder: str, config: str, comparison: Comparison, entries: Sequence[Entry], record: str | None = None
+) -> dict[str, str]:
     """Base models, sweeps and cells without one; where a sweep is over, the cells of its best values.
 
     Returns:
         Cell -> why it could not be made.
     """
-    work = Work(folder, config, comparison)
+    work = Work(folder, config, comparison, record)
     with cell_bars(Path(folder)), stopped_with_the_flow():
         # Before any cell: one that waits for its base takes a place.
         for seed in dict.fromkeys(seed for entry in entries for seed in work.seeds(entry)):
@@ -90,13 +104,16 @@ class Work:
         folder: of the comparison.
         config: its settings, frozen.
         comparison: the same, read.
+        record: of the page, or ``None``.
 
     Attributes:
         failed: cell -> why it could not be made.
     """
 
-    def __init__(self, folder: str, config: str, comparison: Comparison) -> None:
+    def __init__(self, folder: str, config: str, comparison: Comparison, record: str | None) -> None:
         self._folder, self._config, self._comparison = folder, config, comparison
+        self._path = None if record is None else Path(record)
+        self._record = read_record(self._path)
         self._bases: dict[int, PrefectFuture[str] | str] = {}
         self.failed: dict[str, str] = {}
 
@@ -121,8 +138,10 @@ class Work:
                 log_cell(self._folder, self._comparison, cell)
             results.append(self._result(cell))
             if future is not None:
-                so_far = collect(Path(self._folder), self._comparison)
+                so_far = collect(Path(self._folder), self._comparison, self._record)
                 write_report(Path(self._folder), self._comparison, so_far, pictures=False)
+                if self._path is not None:
+                    write_record(self._path, self._comparison, so_far, self._record)
         return results
 
     def base(self, seed: int) -> PrefectFuture[str] | str:
@@ -147,7 +166,7 @@ class Work:
         return is_complete(self._result(cell), self._comparison)
 
     def _result(self, cell: Cell) -> CellResult | None:
-        return read_cell(Path(self._folder), self._comparison, cell)
+        return read_cell(Path(self._folder), self._comparison, self._record, cell)
 
 
 def task_runner(comparison: Comparison, workers: int | None) -> TaskRunner[Any]:

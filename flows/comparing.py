@@ -11,9 +11,9 @@ from typing import Any
 
 from alkn.compare.config import load_comparison
 from alkn.compare.page import write_page
-from alkn.compare.record import take_up
+from alkn.compare.record import record_file
 from alkn.compare.report import table_rows, write_report
-from alkn.compare.results import Results, collect
+from alkn.compare.results import Results, collect, read_record, write_record
 from flows.server import prefect_api
 
 
@@ -52,20 +52,25 @@ def run_comparison(
     comparison = load_comparison(config)
     comparison.only(only)
     failed: dict[str, str] = {}
-    folder.mkdir(parents=True, exist_ok=True)
-    if page is not None:
-        take_up(folder, page)
+    path = None if page is None else record_file(page)
+    record = read_record(path)
     if report_only:
-        write_report(folder, comparison, collect(folder, comparison))
+        write_report(folder, comparison, collect(folder, comparison, record))
     else:
+        folder.mkdir(parents=True, exist_ok=True)
         # A Prefect home of the comparison's own, before Prefect is imported and reads its settings.
         os.environ.setdefault("PREFECT_HOME", str(folder.resolve() / ".prefect"))
         with prefect_api(Path(".")):
             from flows.compare import compare
 
-            failed = compare(config=str(config), folder=str(folder), workers=workers, only=list(only))["failed"]
-    results = collect(folder, comparison)
-    if page is not None:
+            failed = compare(
+                config=str(config), folder=str(folder), workers=workers, only=list(only),
+                record=None if path is None else str(path.resolve()),
+            )["failed"]  # fmt: skip
+        record = read_record(path)
+    results = collect(folder, comparison, record)
+    if page is not None and path is not None:
+        write_record(path, comparison, results, record)
         command = f"alkn compare {shlex.quote(str(config))} --folder {shlex.quote(str(folder))}"
         write_page(page, folder, comparison, results, command=command)
     columns, cells = _screen(results)

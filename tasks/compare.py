@@ -20,7 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from alkn.compare.cell import project_of, state_file
 from alkn.compare.config import Cell, Comparison
 from alkn.compare.report import write_report
-from alkn.compare.results import CellResult, Results, StepResult, collect, made_here
+from alkn.compare.results import CellResult, Results, StepResult, collect, made_here, read_record
 from alkn.compare.worker import EVERY_S, SAID, job_of
 from alkn.files import digest_of, digest_of_value, read_json
 from tasks.tracking import ComparisonTracker, TrackingUnavailable
@@ -77,10 +77,10 @@ def log_cell(folder: str, comparison: Comparison, cell: Cell) -> None:
 
 
 @task(cache_policy=NO_CACHE)
-def report(folder: str, comparison: Comparison) -> Results:
-    """Write the report of what there is, with its plots, and log it to MLflow."""
+def report(folder: str, comparison: Comparison, record: str | None = None) -> Results:
+    """Write the report of what there is, here and on record, with its plots, and log it to MLflow."""
     root = Path(folder)
-    results = collect(root, comparison)
+    results = collect(root, comparison, read_record(None if record is None else Path(record)))
     files = write_report(root, comparison, results)
     key = digest_of_value({path.name: digest_of(path) for path in files})
     try:

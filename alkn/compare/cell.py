@@ -96,11 +96,16 @@ def ground_is_made(folder: Path, comparison: Comparison, seed: int) -> bool:
     """Whether a seed's splits and base model are there and belong to these settings."""
     ground, settings = ground_of(folder, seed), comparison.ground_settings(seed)
     manifest = read_manifest(ground.base)
-    if manifest is None or not ground.base.params.is_file() or not ground.data_params.is_file():
+    return manifest is not None and belongs(ground, settings) and outputs_hold(ground.base, manifest)
+
+
+def belongs(ground: Project, settings: Settings) -> bool:
+    """Whether a seed's splits and base model were made, and with these settings."""
+    if read_manifest(ground.base) is None or not ground.base.params.is_file() or not ground.data_params.is_file():
         return False
     made = load_settings(ground.data_params).of_data() | load_settings(ground.base.params).of_base()
     wanted = settings_of_ground(settings)
-    return {name: made[name] for name in wanted} == wanted and outputs_hold(ground.base, manifest)
+    return {name: made[name] for name in wanted} == wanted
 
 
 def run_cell(folder: Path, comparison: Comparison, cell: Cell, tell: Tell) -> Mapping[str, Any]:
@@ -117,14 +122,14 @@ def run_cell(folder: Path, comparison: Comparison, cell: Cell, tell: Tell) -> Ma
     with _locked(project):
         every, key, path = requests_of(ground), key_of(ground, settings), state_file(folder, cell)
         requests = chain_of(comparison, cell, every)
-        known = _known_state(path, project, requests, key)
+        known, made = _known_state(path, project, requests, key), False
         if known is None:
             remove(path)
             _link_ground(folder, project, ground, settings)
-            known = _chain(project, settings, requests, every, tell)
+            known, made = _chain(project, settings, requests, every, tell), True
         if known["state"] == "done" and not cell.trial:
-            measure_final(project, ground, settings, comparison, requests, _telling(tell, "final"))
-        state = {"key": key, "made": dataclasses.asdict(Made.here()), **known}
+            made |= measure_final(project, ground, settings, comparison, requests, _telling(tell, "final"))
+        state = {"key": key, **known} | ({"made": dataclasses.asdict(Made.here())} if made else {})
         write_json(path, state)
         # A trial's are needed by the whole cell, should it be chosen.
         if known["state"] == "done" and comparison.keep == "last" and not cell.trial:
@@ -169,7 +174,7 @@ def _known_state(path: Path, project: Project, requests: list[str], key: str) ->
     state = dict(read_json(path))
     if state["requests"] != requests or state.pop("key") != key:
         return None
-    if state.get("code", code_version()["digest"]) != code_version()["digest"]:
+    if outdated(state):
         return None
     for request in state["requests"][: state["steps"]]:
         step = project.step(request)
@@ -180,6 +185,11 @@ def _known_state(path: Path, project: Project, requests: list[str], key: str) ->
         ):
             return None
     return state
+
+
+def outdated(state: Mapping[str, Any]) -> bool:
+    """Whether a cell diverged with other code than there is now: it is tried again."""
+    return "code" in state and state["code"] != code_version()["digest"]
 
 
 def _link_ground(folder: Path, project: Project, ground: Project, settings: Settings) -> None:

@@ -52,7 +52,7 @@ def make_references(
 def measure_final(
     project: Project, ground: Project, settings: Settings, comparison: Comparison, requests: list[str],
     progress: Progress,
-) -> None:  # fmt: skip
+) -> bool:  # fmt: skip
     """Write final.json, unless it belongs to this model and to what is asked for already.
 
     Args:
@@ -62,15 +62,18 @@ def measure_final(
         comparison: says what is asked for.
         requests: the cell's chain.
         progress: told about every attack's steps.
+
+    Returns:
+        Whether anything was measured.
     """
     wanted = wanted_of(comparison)
     if not any(wanted.values()):
-        return
+        return False
     last = project.step(requests[-1])
     inputs = {"model": check_step(last)["outputs"]["model"], **wanted}
     path = final_file(project)
     if path.is_file() and read_json(path)["inputs"] == inputs:
-        return
+        return False
     runtime, remote = Runtime(settings.run), settings.base.trust_remote_code
     encoder = Encoder.of(last.model, settings)
     records = {name: request_records(project, name) for name in requests}
@@ -84,3 +87,4 @@ def measure_final(
         target=target_of(project, model, encoder, records, settings, name=last.id, progress=progress),
     )
     write_json(path, {"inputs": inputs, **report})
+    return True

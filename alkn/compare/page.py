@@ -20,7 +20,7 @@ PICTURES = {
 
 
 def write_page(path: Path, folder: Path, comparison: Comparison, results: Results, *, command: str) -> None:
-    """Write the page and, beside it in a folder of its name, the pictures and every number of every cell.
+    """Write the page and, beside it in a folder of its name, the pictures.
 
     Args:
         path: the page, a Markdown file.
@@ -30,7 +30,6 @@ def write_page(path: Path, folder: Path, comparison: Comparison, results: Result
         command: what was typed.
     """
     pictures = page_folder(path)
-    write_bytes(pictures / CELLS, (folder / "report" / CELLS).read_bytes())
     lines = []
     attacks = {name: f"What the attack {name} brings back from the last model" for name in comparison.attacks}
     for name, caption in {**PICTURES, **attacks}.items():

@@ -1,22 +1,20 @@
-"""Cells on record: the numbers beside a page, from which a comparison goes on elsewhere.
+"""What makes a cell's numbers comparable elsewhere: what was asked for, and by which code, when and where it was made.
 
 A page lies in a repository, the folder of its comparison on one machine. What a cell came to is therefore kept
-beside the page in full, ``cells.json``, and a comparison that writes the page again does not make a cell again whose
-settings, data and attacks are those on record.
+beside the page in full, ``cells.json`` (:mod:`alkn.compare.results` reads and writes it).
 """
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from alkn.compare.config import Cell, Comparison
-from alkn.files import digest_of_value, read_json, remove, write_bytes
+from alkn.files import digest_of_value
 from alkn.manifest import code_version, environment
 from alkn.settings import Settings
 
@@ -30,7 +28,7 @@ class Made:
 
     Attributes:
         code: commit, or version where there is none.
-        date: the day on which its last number was measured, ISO.
+        date: the day on which its last number was measured, ISO, in UTC.
         machine: processor, cores, memory, versions.
     """
 
@@ -62,25 +60,14 @@ def settings_of_ground(settings: Settings) -> dict[str, Any]:
     return {name: every[name] for name in ("seed", "benchmark", "data", "base")}
 
 
-def take_up(folder: Path, page: Path) -> None:
-    """Give a comparison's folder the record beside a page; without one, it has none."""
-    source, target = page_folder(page) / CELLS, folder / "record.json"
-    if source.is_file():
-        write_bytes(target, source.read_bytes())
-    else:
-        remove(target)
-
-
 def page_folder(page: Path) -> Path:
     """Where the pictures and the record of a page lie: ``docs/results`` of ``docs/RESULTS.md``."""
     return page.with_name(page.stem.lower())
 
 
-def on_record(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """The record of a comparison's folder: name of a cell -> its row of cells.json."""
-    path = folder / "record.json"
-    rows = read_json(path) if path.is_file() else []
-    return {Cell(**row["cell"]).name: row for row in rows}
+def record_file(page: Path) -> Path:
+    """The record of a page."""
+    return page_folder(page) / CELLS
 
 
 def _processor() -> str:

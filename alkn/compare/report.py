@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from alkn.compare import plots
 from alkn.compare.config import Comparison
 from alkn.compare.record import CELLS
-from alkn.compare.results import CellResult, Results, Row, Spread
+from alkn.compare.results import Results, Row, Spread, cell_row
 from alkn.files import write_bytes, write_json
 
 Form = Callable[[float], str]
@@ -80,12 +79,6 @@ def sweep_rows(results: Results) -> list[dict[str, Any]]:
         }
         for trial in results.trials
     ]  # fmt: skip
-
-
-def cell_row(cell: CellResult) -> dict[str, Any]:
-    """Everything that is known of a cell, as plain values."""
-    row = dataclasses.asdict(cell)
-    return {**row, "reached": [cell.reached(step) for step in cell.steps], "quantities": cell.quantities()}
 
 
 def table_page(comparison: Comparison, results: Results) -> str:

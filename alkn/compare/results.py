@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from alkn.compare.cell import (
     ahead_file,
+    belongs,
     chain_of,
     ground_of,
     key_of,
+    outdated,
     project_of,
     requests_of,
     splits_of,
@@ -21,8 +23,9 @@ from alkn.compare.cell import (
 )
 from alkn.compare.config import Cell, Comparison, Entry
 from alkn.compare.final import final_file, wanted_of
-from alkn.compare.record import Made, asked_of, on_record
-from alkn.files import read_json
+from alkn.compare.record import Made, asked_of
+from alkn.errors import InputError
+from alkn.files import read_json, write_json
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
 from alkn.report import words
@@ -236,27 +239,33 @@ class Results:
         return [cell for row in self.rows for cell in row.missing]
 
 
-def collect(folder: Path, comparison: Comparison) -> Results:
-    """Read what is there. A cell counts when its state file is there."""
+Record = Mapping[str, CellResult]
+"""Name of a cell -> what it came to, wherever it was made."""
+
+
+def collect(folder: Path, comparison: Comparison, record: Record) -> Results:
+    """Read what is there, in this folder or on record. A cell counts when its state file is there."""
     rows: list[Row] = []
     trials: list[Trial] = []
     for entry in comparison.methods:
-        tried, missing = _read(folder, comparison, comparison.trials(entry))
+        tried, missing = _read(folder, comparison, record, comparison.trials(entry))
         best = None if missing or not tried else choose(tried, comparison.choose_by)
         trials += [Trial(entry.label, result, result is best) for result in tried]
         if missing:
             rows.append(Row(entry, "", [], missing))
             continue
         variant = best.cell.variant if best else ""
-        rows.append(Row(entry, variant, *_read(folder, comparison, comparison.cells(entry, variant))))
+        rows.append(Row(entry, variant, *_read(folder, comparison, record, comparison.cells(entry, variant))))
     every = [*(cell for row in rows for cell in row.cells), *(trial.result for trial in trials)]
     domain = comparison.choose_by or (next(iter(every[0].base.never), "") if every else "")
     return Results(rows, trials, domain)
 
 
-def _read(folder: Path, comparison: Comparison, cells: Sequence[Cell]) -> tuple[list[CellResult], list[Cell]]:
+def _read(
+    folder: Path, comparison: Comparison, record: Record, cells: Sequence[Cell]
+) -> tuple[list[CellResult], list[Cell]]:
     """Those that are over, and those that are not."""
-    found = {cell: read_cell(folder, comparison, cell) for cell in cells}
+    found = {cell: read_cell(folder, comparison, record, cell) for cell in cells}
     return [result for result in found.values() if result], [cell for cell, result in found.items() if not result]
 
 
@@ -283,10 +292,10 @@ def choose(results: Sequence[CellResult], domain: str | None) -> CellResult:
     return max(results, key=key)
 
 
-def read_cell(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | None:
-    """A cell that is over and was made with the present settings, here or on record, or ``None``."""
+def read_cell(folder: Path, comparison: Comparison, record: Record, cell: Cell) -> CellResult | None:
+    """A cell that is over and was made with the present settings, here or elsewhere, or ``None``."""
     made = made_here(folder, comparison, cell)
-    return made if is_complete(made, comparison) else _recorded(folder, comparison, cell) or made
+    return made if is_complete(made, comparison) else _recorded(folder, comparison, record, cell) or made
 
 
 def made_here(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | None:
@@ -298,7 +307,7 @@ def made_here(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | 
     state = read_json(path)
     if state["requests"] != chain_of(comparison, cell, requests_of(ground)):
         return None
-    if state["key"] != key_of(ground, comparison.cell_settings(cell)):
+    if state["key"] != key_of(ground, comparison.cell_settings(cell)) or outdated(state):
         return None
     limits = Level(state["limits"]["p"], state["limits"]["exact_memorization"])
     chain = state["requests"]
@@ -318,26 +327,60 @@ def made_here(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | 
     )
 
 
-def _recorded(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | None:
+def _recorded(folder: Path, comparison: Comparison, record: Record, cell: Cell) -> CellResult | None:
     """A cell on record: of the same settings, and of the same data as the seed's, where they are here."""
-    row, ground = on_record(folder).get(cell.name), ground_of(folder, cell.seed)
-    if row is None or row["asked"] != asked_of(comparison, cell):
+    found, ground = record.get(cell.name), ground_of(folder, cell.seed)
+    if found is None or found.asked != asked_of(comparison, cell):
         return None
-    if read_manifest(ground.base) is not None and row["splits"] != splits_of(ground):
+    if belongs(ground, comparison.ground_settings(cell.seed)) and found.splits != splits_of(ground):
         return None
-    known = {name: row[name] for name in ("state", "reason", "chain", "asked", "splits")}
+    return replace(found, final=_wanted(found.final, comparison))
+
+
+def read_record(path: Path | None) -> Record:
+    """The cells on record in a ``cells.json``; without one, none.
+
+    Raises:
+        InputError: if the file is none of ours.
+    """
+    if path is None or not path.is_file():
+        return {}
+    try:
+        cells = [_from_row(row) for row in read_json(path)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not the record of a comparison ({type(error).__name__}); remove it, and all is made again"
+        ) from None
+    return {result.cell.name: result for result in cells}
+
+
+def write_record(path: Path, comparison: Comparison, results: Results, record: Record) -> None:
+    """Write a record with what is complete by now; of other cells of the comparison's methods, what was on it stays."""
+    labels = {entry.label for entry in comparison.methods}
+    kept = {name: result for name, result in record.items() if result.cell.label in labels}
+    new = {result.cell.name: result for result in results.cells if is_complete(result, comparison)}
+    write_json(path, [cell_row(result) for _, result in sorted((kept | new).items())])
+
+
+def cell_row(cell: CellResult) -> dict[str, Any]:
+    """Everything that is known of a cell, as plain values."""
+    row = asdict(cell)
+    return {**row, "reached": [cell.reached(step) for step in cell.steps], "quantities": cell.quantities()}
+
+
+def _from_row(row: Mapping[str, Any]) -> CellResult:
+    """The inverse of :func:`cell_row`."""
     return CellResult(
-        cell=cell,
+        cell=Cell(**row["cell"]),
         limits=Level(**row["limits"]),
-        base=_recorded_step(row["base"]),
-        steps=[_recorded_step(step) for step in row["steps"]],
+        base=_step_from(row["base"]),
+        steps=[_step_from(step) for step in row["steps"]],
         made=Made(**row["made"]),
-        final=_wanted(row["final"], comparison),
-        **known,
+        **{name: row[name] for name in ("state", "reason", "chain", "asked", "splits", "final")},
     )
 
 
-def _recorded_step(row: Mapping[str, Any]) -> StepResult:
+def _step_from(row: Mapping[str, Any]) -> StepResult:
     return StepResult(**{**row, "requests": {name: Level(**level) for name, level in row["requests"].items()}})
 
 

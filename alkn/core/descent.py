@@ -147,6 +147,7 @@ def descend(
     rest: bool = False,
     resist: Resistance | None = None,
     replay: int = 0,
+    portion: int | None = None,
 ) -> Outcome:
     """Descend ``forget`` + ``keep`` until the stop rule is met or the steps are used up.
 
@@ -169,6 +170,7 @@ def descend(
         replay: records of ``task.earlier`` in a step, of those that are above the target by themselves. They are
             measured at every :data:`EARLIER_EVERY`-th measurement, and at each one that could be the last; the stop
             rule asks it of them as well.
+        portion: forget records a step, where they are fewer than the pace's batch; each weighs as much as in one.
 
     Returns:
         One row of history a measurement; ``reached`` is judged at the stored precision, of the request alone.
@@ -195,7 +197,7 @@ def descend(
             task.model, trained, task.forget, resist, earlier=task.earlier, batch_size=pace.batch_size,
             generator=task.generator("adversary"), autocast=task.autocast,
         )  # fmt: skip
-    batches = endless_batches(len(task.forget), pace.batch_size, task.generator("order"))
+    batches = endless_batches(len(task.forget), portion or pace.batch_size, task.generator("order"))
     records = [*task.forget, *task.earlier]
     earlier_every = EARLIER_EVERY * pace.check_every
     again = Replay(task, replay) if replay and task.earlier else None
@@ -217,7 +219,7 @@ def descend(
         if not (met and rest):
             drawn = next(batches)
             pushed = [i for i in drawn if not (rest and at_target[i])]
-            push(pushed, len(drawn))
+            push(pushed, pace.batch_size)
             spent += len(pushed)
         if again is not None:
             pushed = again(step)

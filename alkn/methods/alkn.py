@@ -72,9 +72,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             by_domain=p.retain_balance == "domains", damage=p.damage,
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
-    # A record is drawn once between two measurements and pulls as hard as any other, also out of a small request.
-    pace = replace(p.pace(), batch_size=min(p.batch_size, -(-len(task.forget) // p.check_every)))
-    weight = p.forget_weight * pace.batch_size / p.batch_size
+    pace = replace(p.pace(), batch_size=min(p.batch_size, len(task.forget)))
+    # In every step and with all the weight, the few records of a small request take what resembles them along.
+    portion = min(pace.batch_size, -(-len(task.forget) // p.check_every))
     level = None
     if not pushes or p.resist_weight:
         level = _level(task, keep, p)
@@ -84,7 +84,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
         resist = Resistance(his, p.resist_weight, p.resist_lr, p.resist_steps, p.resist_share, p.resist_earlier)
     forget = suppression_loss(scale=p.label_scale, midpoint=p.label_midpoint) if pushes else to_level
-    forget = Weighted(through_damage(forget, p.damage, task.generator("damage")), weight)
+    forget = Weighted(through_damage(forget, p.damage, task.generator("damage")), p.forget_weight)
 
     def lower(step: int, now: Forgetting) -> None:
         if level is None or 3 * step < p.decay_steps:
@@ -95,8 +95,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
 
     lowering = None if pushes else lower
     return descend(
-        task, pace, forget=forget, keep=keep, on_measure=lowering, rest=pushes, resist=resist, replay=p.replay
-    )
+        task, pace, forget=forget, keep=keep, on_measure=lowering, rest=pushes, resist=resist, replay=p.replay,
+        portion=portion,
+    )  # fmt: skip
 
 
 def _level(task: Task, keep: Keeper | None, p: AlknParams) -> Level:

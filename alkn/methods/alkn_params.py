@@ -136,7 +136,7 @@ class AlknParams(DescentParams):
         forget_loss: interleaved: ``soft_labels`` of ``label_scale`` and ``label_midpoint`` push down, see
             :func:`alkn.core.training.suppression_loss`; ``level`` brings each token to a level, see
             :func:`alkn.core.training.level_loss`.
-        forget_weight: factor on that loss of ``batch_size`` records, beside the keeping parts; of fewer, their share.
+        forget_weight: factor on that loss of a full batch, beside the keeping parts.
         background_shift: where the level lies, see :class:`alkn.core.level.Level`.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.

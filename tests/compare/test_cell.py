@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def result(folder: Path, cell: Cell) -> CellResult:
-    found = read_cell(folder, written(folder), cell)
+    found = read_cell(folder, written(folder), {}, cell)
     assert found is not None
     return found
 
@@ -117,22 +119,31 @@ def test_other_attacks_are_run_on_the_model_that_is_there(folder: Path) -> None:
     comparison = written(folder, attacks={"relearning": {"steps": [0, 1], "share": 0.2}})
     evaluation = project_of(folder, STEPS).step("r002").evaluation
     before = evaluation.stat().st_mtime_ns
-    found = read_cell(folder, comparison, STEPS)
+    found = read_cell(folder, comparison, {}, STEPS)
     assert found is not None and found.final == {}, "what another budget found is not shown"
     run_cell(folder, comparison, STEPS, quiet)
-    found = read_cell(folder, comparison, STEPS)
+    found = read_cell(folder, comparison, {}, STEPS)
     assert found is not None and found.attacks == ["relearning"] and evaluation.stat().st_mtime_ns == before
     run_cell(folder, written(folder), STEPS, quiet)
 
 
+def test_on_record_counts_with_the_same_settings_and_the_same_data_alone(folder: Path, tmp_path: Path) -> None:
+    comparison, found = written(folder), result(folder, STEPS)
+    shutil.copytree(folder / "base", tmp_path / "base", symlinks=True)
+    for cell, counts in (
+        (found, True), (replace(found, splits="sha256:0"), False), (replace(found, asked="sha256:0"), False)
+    ):  # fmt: skip
+        assert (STEPS not in collect(tmp_path, comparison, {STEPS.name: cell}).missing) is counts
+
+
 def test_changed_settings_are_another_cell(folder: Path) -> None:
     changed = [{**VALUES["methods"][0], "method": {**VALUES["methods"][0]["method"], "steps": 3}}, VALUES["methods"][1]]
-    results = collect(folder, written(folder, methods=changed))
+    results = collect(folder, written(folder, methods=changed), {})
     assert [len(row.missing) for row in results.rows] == [1, 0]
     settings = json.loads(json.dumps(VALUES["settings"]))
     settings["base"]["training"]["epochs"] = 41
     comparison = written(folder, settings=settings)
-    assert [len(row.missing) for row in collect(folder, comparison).rows] == [1, 1]
+    assert [len(row.missing) for row in collect(folder, comparison, {}).rows] == [1, 1]
     assert not ground_is_made(folder, comparison, 0)
 
 
@@ -152,18 +163,18 @@ def test_a_trial_is_the_beginning_of_the_cell_that_goes_on_from_it(tmp_path: Pat
     comparison = written(tmp_path, methods=[method], sweep_requests=1)
     trial, whole = Cell("steps", "check_every=1", 0, trial=True), Cell("steps", "check_every=1", 0)
     run_cell(tmp_path, comparison, trial, quiet)
-    results = collect(tmp_path, comparison)
+    results = collect(tmp_path, comparison, {})
     assert [list(tried.result.chain) for tried in results.trials] == [["r001"]] and results.missing == [whole]
     step = project_of(tmp_path, trial).step("r001").manifest
     sealed = step.stat().st_mtime_ns
     run_cell(tmp_path, comparison, whole, quiet)
-    results = collect(tmp_path, comparison)
+    results = collect(tmp_path, comparison, {})
     assert step.stat().st_mtime_ns == sealed and results.missing == []
     (tried,), ((made,),) = results.trials, [row.cells for row in results.rows]
     assert list(made.chain) == ["r001", "r002"] and made.steps[0] == tried.result.steps[0]
     assert made.steps[1].requests == result(folder, STEPS).steps[1].requests, "the same numbers as without a sweep"
     longer = written(tmp_path, methods=[method], sweep_requests=2)
-    assert [cell.trial for cell in collect(tmp_path, longer).missing] == [True], "other requests are another trial"
+    assert [cell.trial for cell in collect(tmp_path, longer, {}).missing] == [True], "other requests are another trial"
 
 
 def test_requests_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:

@@ -13,7 +13,19 @@ from alkn.compare import plots
 from alkn.compare.config import Cell, Comparison, Entry
 from alkn.compare.record import Made
 from alkn.compare.report import table_page, table_rows, write_report
-from alkn.compare.results import CellResult, Level, Results, Row, Spread, StepResult, Trial, choose
+from alkn.compare.results import (
+    CellResult,
+    Level,
+    Results,
+    Row,
+    Spread,
+    StepResult,
+    Trial,
+    choose,
+    read_record,
+    write_record,
+)
+from alkn.errors import InputError
 
 CHAIN = ("r1", "r2", "r3")
 LIMITS = Level(0.01, 0.13)
@@ -195,3 +207,56 @@ def test_the_pictures_are_pictures(tmp_path: Path) -> None:
     again = {path.name: path.read_bytes() for path in plots.write_plots(tmp_path / "2", these)}
     assert again == first
     assert plots.write_plots(tmp_path / "3", results(("c", [made_up("c", 0, steps=2)]))) == []
+
+
+def comparison_of(*labels: str) -> Comparison:
+    return Comparison.model_validate(
+        {
+            "settings": {"benchmark": "people"}, "seeds": [0, 1],
+            "methods": [{"label": label, "method": "task_vector"} for label in labels],
+        }
+    )  # fmt: skip
+
+
+def results_of(comparison: Comparison, *cells: CellResult) -> Results:
+    rows = [Row(e, "", [c for c in cells if c.cell.label == e.label], []) for e in comparison.methods]
+    return Results(rows, [], "people")
+
+
+def test_a_record_says_what_the_cells_were(tmp_path: Path) -> None:
+    path, comparison = tmp_path / "cells.json", comparison_of("a", "b")
+    cells = [made_up("a", 0), made_up("a", 1, steps=2), made_up("b", 0, p=0.5)]
+    write_record(path, comparison, results_of(comparison, *cells), {})
+    found = read_record(path)
+    assert sorted(found) == ["a/seed0", "a/seed1", "b/seed0"]
+    for cell in cells:
+        assert found[cell.cell.name].quantities() == cell.quantities()
+        assert (found[cell.cell.name].state, found[cell.cell.name].made) == (cell.state, cell.made)
+        assert found[cell.cell.name].steps[0].requests == cell.steps[0].requests
+
+
+def test_what_is_not_made_anew_stays_on_record(tmp_path: Path) -> None:
+    """A table that shows less than the record, by other attacks or a longer sweep, takes nothing from it."""
+    path, comparison = tmp_path / "cells.json", comparison_of("a", "b")
+    first = [made_up("a", 0), made_up("b", 0)]
+    write_record(path, comparison, results_of(comparison, *first), {})
+    newer = made_up("a", 0, p=0.25)
+    write_record(path, comparison, results_of(comparison, newer), read_record(path))
+    found = read_record(path)
+    assert found["a/seed0"].quantities() == newer.quantities()
+    assert found["b/seed0"].quantities() == first[1].quantities()
+    # A cell without what the attacks ask for now is not complete: it does not take the place of one that was.
+    attacked = Comparison.model_validate({**comparison.model_dump(), "attacks": {"relearning": {}}})
+    write_record(path, attacked, results_of(attacked, made_up("b", 0, p=0.75)), found)
+    assert read_record(path)["b/seed0"].quantities() == first[1].quantities()
+    write_record(path, comparison_of("b"), results_of(comparison_of("b")), found)
+    assert list(read_record(path)) == ["b/seed0"], "a method that is compared no more"
+
+
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\n[]", "{}x", '["a"]', '[{"cell": {"label": "a"}}]', "5"])
+def test_a_file_that_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "cells.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="cells.json: not the record of a comparison"):
+        read_record(path)
+    assert read_record(tmp_path / "none.json") == {} == read_record(None)
