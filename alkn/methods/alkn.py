@@ -7,7 +7,6 @@ Six presets (docs/METHOD.md): ``interleaved``, the default, and ``resistant`` ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -72,7 +71,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             by_domain=p.retain_balance == "domains", damage=p.damage,
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
-    pace = replace(p.pace(), batch_size=min(p.batch_size, len(task.forget)))
+    pace = p.pace()
     # In every step and with all the weight, the few records of a small request take what resembles them along.
     portion = min(pace.batch_size, -(-len(task.forget) // p.check_every))
     level = None

@@ -52,7 +52,7 @@ RUNS = {
         "decay_steps": 20,
         "steps": 100,
         "lr": 1e-3,
-        "forget_weight": 1.0,
+        "forget_weight": 4.0,
     },
     "rounds": {"name": "alkn", "preset": "rounds", "batch_size": 4, "estimator": "exact"},
 }
