@@ -15,17 +15,9 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from alkn.compare.cell import ground_is_made
 from alkn.compare.config import Cell, Comparison, Entry, load_comparison
+from alkn.compare.record import read_record, write_record
 from alkn.compare.report import table_rows, write_report
-from alkn.compare.results import (
-    CellResult,
-    choose,
-    collect,
-    is_complete,
-    made_here,
-    read_cell,
-    read_record,
-    write_record,
-)
+from alkn.compare.results import CellResult, choose, collect, is_complete, read_cell
 from alkn.errors import ChainBusy
 from alkn.files import write_bytes
 from alkn.project import Project
@@ -134,8 +126,7 @@ class Work:
                 self.failed[cell.title] = reason
                 results.append(None)
                 continue
-            if made_here(Path(self._folder), self._comparison, cell) is not None:
-                log_cell(self._folder, self._comparison, cell)
+            log_cell(self._folder, self._comparison, cell)
             results.append(self._result(cell))
             if future is not None:
                 so_far = collect(Path(self._folder), self._comparison, self._record)
@@ -153,13 +144,12 @@ class Work:
 
     def seeds(self, entry: Entry) -> list[int]:
         """The seeds of which something is left to make for a method."""
-        comparison, best = self._comparison, ""
+        comparison = self._comparison
         trials = comparison.trials(entry)
-        if not all(map(self._complete, trials)):
+        tried = [result for result in map(self._result, trials) if result and is_complete(result, comparison)]
+        if len(tried) < len(trials):
             return list(comparison.seeds_of(entry))
-        if trials:
-            tried = [result for result in map(self._result, trials) if result is not None]
-            best = choose(tried, comparison.choose_by).cell.variant
+        best = choose(tried, comparison.choose_by).cell.variant if tried else ""
         return [cell.seed for cell in comparison.cells(entry, best) if not self._complete(cell)]
 
     def _complete(self, cell: Cell) -> bool:

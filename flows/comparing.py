@@ -11,9 +11,9 @@ from typing import Any
 
 from alkn.compare.config import load_comparison
 from alkn.compare.page import write_page
-from alkn.compare.record import record_file
+from alkn.compare.record import read_record, record_file, write_record
 from alkn.compare.report import table_rows, write_report
-from alkn.compare.results import Results, collect, read_record, write_record
+from alkn.compare.results import Results, collect
 from flows.server import prefect_api
 
 
@@ -69,8 +69,8 @@ def run_comparison(
             )["failed"]  # fmt: skip
         record = read_record(path)
     results = collect(folder, comparison, record)
-    if page is not None and path is not None:
-        write_record(path, comparison, results, record)
+    if page is not None:
+        write_record(record_file(page), comparison, results, record)
         command = f"alkn compare {shlex.quote(str(config))} --folder {shlex.quote(str(folder))}"
         write_page(page, folder, comparison, results, command=command)
     columns, cells = _screen(results)

@@ -19,8 +19,9 @@ from prefect.cache_policies import NO_CACHE
 
 from alkn.compare.cell import project_of, state_file
 from alkn.compare.config import Cell, Comparison
+from alkn.compare.record import read_record
 from alkn.compare.report import write_report
-from alkn.compare.results import CellResult, Results, StepResult, collect, made_here, read_record
+from alkn.compare.results import CellResult, Results, StepResult, collect, made_here
 from alkn.compare.worker import EVERY_S, SAID, job_of
 from alkn.files import digest_of, digest_of_value, read_json
 from tasks.tracking import ComparisonTracker, TrackingUnavailable
@@ -64,12 +65,12 @@ def make_cell(folder: str, config: str, cell: Cell, ground: str) -> str:
 
 @task(cache_policy=NO_CACHE)
 def log_cell(folder: str, comparison: Comparison, cell: Cell) -> None:
-    """Log a cell that is over to MLflow; while tracking is down, the next run does."""
+    """Log a cell that was made here to MLflow; while tracking is down, the next run does."""
     root = Path(folder)
-    result, key = made_here(root, comparison, cell), read_json(state_file(root, cell))["key"]
+    result = made_here(root, comparison, cell)
     if result is None:
         return
-    settings = comparison.cell_settings(cell)
+    key, settings = read_json(state_file(root, cell))["key"], comparison.cell_settings(cell)
     try:
         _tracker(root, comparison).log_cell(cell.name, key, _numbers(root, result), settings.of_step())
     except TrackingUnavailable as error:

@@ -21,7 +21,7 @@ from alkn import chain
 from alkn.attacking import attack_step
 from alkn.compare.config import Cell, Comparison
 from alkn.compare.final import make_references, measure_final
-from alkn.compare.record import Made, settings_of_ground
+from alkn.compare.made import Made, settings_of_ground
 from alkn.core.scoring import Progress
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError, TrainingDiverged
@@ -95,8 +95,7 @@ def make_ground(folder: Path, comparison: Comparison, seed: int, tell: Tell) -> 
 def ground_is_made(folder: Path, comparison: Comparison, seed: int) -> bool:
     """Whether a seed's splits and base model are there and belong to these settings."""
     ground, settings = ground_of(folder, seed), comparison.ground_settings(seed)
-    manifest = read_manifest(ground.base)
-    return manifest is not None and belongs(ground, settings) and outputs_hold(ground.base, manifest)
+    return belongs(ground, settings) and outputs_hold(ground.base, _base_manifest(ground))
 
 
 def belongs(ground: Project, settings: Settings) -> bool:
@@ -129,7 +128,9 @@ def run_cell(folder: Path, comparison: Comparison, cell: Cell, tell: Tell) -> Ma
             known, made = _chain(project, settings, requests, every, tell), True
         if known["state"] == "done" and not cell.trial:
             made |= measure_final(project, ground, settings, comparison, requests, _telling(tell, "final"))
-        state = {"key": key, **known} | ({"made": dataclasses.asdict(Made.here())} if made else {})
+        state = {"key": key, **known}
+        if made:
+            state["made"] = dataclasses.asdict(Made.here())
         write_json(path, state)
         # A trial's are needed by the whole cell, should it be chosen.
         if known["state"] == "done" and comparison.keep == "last" and not cell.trial:

@@ -1,63 +1,23 @@
-"""What makes a cell's numbers comparable elsewhere: what was asked for, and by which code, when and where it was made.
+"""The record beside a page: every number of every cell, from which a comparison goes on elsewhere.
 
-A page lies in a repository, the folder of its comparison on one machine. What a cell came to is therefore kept
-beside the page in full, ``cells.json`` (:mod:`alkn.compare.results` reads and writes it).
+A page lies in a repository, the folder of its comparison on one machine; what a cell came to is kept beside the page.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from alkn.compare.config import Cell, Comparison
-from alkn.files import digest_of_value
-from alkn.manifest import code_version, environment
-from alkn.settings import Settings
+from alkn.compare.made import Made
+from alkn.compare.results import CellResult, Level, Record, Results, StepResult, is_complete
+from alkn.errors import InputError
+from alkn.files import read_json, write_json
 
 CELLS = "cells.json"
 """Every number of every cell, in ``report/`` of a comparison's folder and beside a page."""
-
-
-@dataclass(frozen=True)
-class Made:
-    """Where the numbers of a cell are from.
-
-    Attributes:
-        code: commit, or version where there is none.
-        date: the day on which its last number was measured, ISO, in UTC.
-        machine: processor, cores, memory, versions.
-    """
-
-    code: str
-    date: str
-    machine: str
-
-    @classmethod
-    def here(cls) -> Made:
-        """By this code, today, on this machine."""
-        version, versions = code_version(), environment()
-        return cls(
-            version.get("commit", version["version"])[:12],
-            f"{datetime.now(UTC):%Y-%m-%d}",
-            f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB; torch {versions['torch']},"
-            f" transformers {versions['transformers']}, Python {versions['python']}",
-        )
-
-
-def asked_of(comparison: Comparison, cell: Cell) -> str:
-    """A digest of all that a cell's settings decide: the same on every machine, unlike the bits of its base model."""
-    settings, part = comparison.cell_settings(cell), comparison.sweep_requests if cell.trial else None
-    return digest_of_value({"step": settings.of_step(), "ground": settings_of_ground(settings), "requests": part})
-
-
-def settings_of_ground(settings: Settings) -> dict[str, Any]:
-    """What decides splits and base model; its evaluation and the machine's part do not."""
-    every = settings.of_data() | settings.of_base()
-    return {name: every[name] for name in ("seed", "benchmark", "data", "base")}
 
 
 def page_folder(page: Path) -> Path:
@@ -70,14 +30,48 @@ def record_file(page: Path) -> Path:
     return page_folder(page) / CELLS
 
 
-def _processor() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
+def read_record(path: Path | None) -> Record:
+    """The cells on record in a ``cells.json``; without one, none.
+
+    Raises:
+        InputError: if the file is none of ours.
+    """
+    if path is None or not path.is_file():
+        return {}
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        cells = [_from_row(row) for row in read_json(path)]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: not the record of a comparison ({type(error).__name__}); remove it, and all is made again"
+        ) from None
+    return {result.cell.name: result for result in cells}
 
 
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+def write_record(path: Path, comparison: Comparison, results: Results, record: Record) -> None:
+    """Write a record with what is complete by now; of other cells of the comparison's methods, what was on it stays."""
+    labels = {entry.label for entry in comparison.methods}
+    kept = {name: result for name, result in record.items() if result.cell.label in labels}
+    new = {result.cell.name: result for result in results.cells if is_complete(result, comparison)}
+    write_json(path, [cell_row(result) for _, result in sorted((kept | new).items())])
+
+
+def cell_row(cell: CellResult) -> dict[str, Any]:
+    """Everything that is known of a cell, as plain values."""
+    row = asdict(cell)
+    return {**row, "reached": [cell.reached(step) for step in cell.steps], "quantities": cell.quantities()}
+
+
+def _from_row(row: Mapping[str, Any]) -> CellResult:
+    """The inverse of :func:`cell_row`."""
+    return CellResult(
+        cell=Cell(**row["cell"]),
+        limits=Level(**row["limits"]),
+        base=_step_from(row["base"]),
+        steps=[_step_from(step) for step in row["steps"]],
+        made=Made(**row["made"]),
+        **{name: row[name] for name in ("state", "reason", "chain", "asked", "splits", "final")},
+    )
+
+
+def _step_from(row: Mapping[str, Any]) -> StepResult:
+    return StepResult(**{**row, "requests": {name: Level(**level) for name, level in row["requests"].items()}})

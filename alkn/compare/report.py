@@ -10,8 +10,8 @@ from typing import Any
 
 from alkn.compare import plots
 from alkn.compare.config import Comparison
-from alkn.compare.record import CELLS
-from alkn.compare.results import Results, Row, Spread, cell_row
+from alkn.compare.record import CELLS, cell_row
+from alkn.compare.results import Results, Row, Spread
 from alkn.files import write_bytes, write_json
 
 Form = Callable[[float], str]

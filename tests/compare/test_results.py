@@ -11,7 +11,8 @@ import pytest
 
 from alkn.compare import plots
 from alkn.compare.config import Cell, Comparison, Entry
-from alkn.compare.record import Made
+from alkn.compare.made import Made
+from alkn.compare.record import read_record, write_record
 from alkn.compare.report import table_page, table_rows, write_report
 from alkn.compare.results import (
     CellResult,
@@ -22,8 +23,6 @@ from alkn.compare.results import (
     StepResult,
     Trial,
     choose,
-    read_record,
-    write_record,
 )
 from alkn.errors import InputError
 

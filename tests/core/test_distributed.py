@@ -46,14 +46,7 @@ CPU = torch.device("cpu")
 NEVER = StopRule(0.0, 0.0)
 FORMS = ("copies", "split")
 RUNS = {
-    "interleaved": {
-        "name": "alkn",
-        "rehearsal": 16,
-        "decay_steps": 20,
-        "steps": 100,
-        "lr": 1e-3,
-        "forget_weight": 4.0,
-    },
+    "interleaved": {"name": "alkn", "rehearsal": 16, "decay_steps": 20, "steps": 100, "lr": 1e-3, "forget_weight": 4.0},
     "rounds": {"name": "alkn", "preset": "rounds", "batch_size": 4, "estimator": "exact"},
 }
 TOGETHER = ("interleaved.copies", "interleaved.split", "rounds.copies")
