@@ -6,7 +6,7 @@ QUIET := DO_NOT_TRACK=1 PREFECT_SERVER_ANALYTICS_ENABLED=false MLFLOW_DISABLE_TE
 export ALKN_DATA ?= $(wildcard $(abspath ../shared/data))
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint bench bench-tofu bench-speed bench-evaluation clean distclean
+.PHONY: help install demo test lint bench bench-tofu bench-speed bench-gpu bench-evaluation clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## Show the targets
@@ -43,6 +43,11 @@ bench-tofu: install  ## The TOFU protocol of docs/EXPERIMENTS.md, next to the pu
 
 bench-speed: install  ## Speed, memory and cost as ratios measured in one run (docs/PERFORMANCE.md)
 	$(BIN)/python -m flows.bench_speed
+
+bench-gpu: install  ## A model of 310 M parameters on a GPU: steps, memory, and TOFU's five requests (docs/PERFORMANCE.md)
+	$(BIN)/python -m flows.bench_speed --device cuda --part step --batch 32 --steps 12
+	$(BIN)/python -m flows.bench_speed --device cuda --part memory --batch 16
+	$(BIN)/python -m flows.bench_gpu
 
 bench-evaluation: install  ## What a step's evaluation costs, on the base model of a TOFU comparison made here (docs/PERFORMANCE.md)
 	$(BIN)/python -m flows.bench_evaluation .bench/tofu/base/seed0

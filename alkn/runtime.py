@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 
 from alkn.core.distributed import processes
 from alkn.errors import InputError
@@ -46,9 +48,13 @@ class Runtime:
         if run.device == "cuda" and not torch.cuda.is_available():
             raise InputError("params.yaml: run.device: 'cuda' is asked for, and torch finds no CUDA device")
         cuda = torch.cuda.is_available() and run.device != "cpu"
-        bf16 = run.precision == "bf16" or (run.precision == "auto" and cuda)
-        accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not cuda)
+        # Not an Accelerator: a process has one device of a launch, but steps of any precision.
+        launched = PartialState(cpu=not cuda)
         torch.set_num_threads(run.threads)  # after accelerate, which sets it too
         self.split = processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        self.device: torch.device = accelerator.device
-        self.autocast: Callable[[], AbstractContextManager[None]] = accelerator.autocast
+        alone = torch.device("cuda" if cuda else "cpu")
+        self.device: torch.device = alone if processes() == 1 else launched.device
+        bf16 = run.precision == "bf16" or (run.precision == "auto" and cuda)
+        self.autocast: Callable[[], AbstractContextManager[Any]] = (
+            partial(torch.autocast, self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext
+        )

@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work, counted in bytes that torch held for tensors on the CPU."""
+"""Peak memory of a piece of work, counted in bytes that torch held for tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -29,3 +30,12 @@ def peak_of(work: Callable[[], object]) -> int:
     if not held:
         raise RuntimeError("torch.profiler reported no allocation")
     return int(max(held))
+
+
+def cuda_peak_of(work: Callable[[], object]) -> int:
+    """The same on the present CUDA device: bytes of tensors, not of the allocator's cache or of CUDA itself."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+    work()
+    return int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - before

@@ -1,7 +1,7 @@
 """``make bench-speed``: speed, memory and cost, each figure a ratio of two things measured in the same run.
 
-Times are CPU seconds of this process, so that other work on the machine distorts them little; both
-sides of a ratio are measured in turns, and medians are compared.
+Times are CPU seconds of this process, so that other work on the machine distorts them little; on a GPU they are by
+the clock, with the GPU's work done. Both sides of a ratio are measured in turns, and medians are compared.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,16 +31,17 @@ from alkn.methods.alkn import alkn
 from alkn.methods.alkn_params import AlknParams, empty_m, label_weights, move_m, stored_gradient
 from alkn.models import Architecture, new_model
 from alkn.runtime import repeatable_arithmetic
-from flows.bench_memory import peak_of
+from flows.bench_memory import cuda_peak_of, peak_of
 from flows.bench_profile import INTERLEAVED, ROUNDS, shares
 from flows.bench_reference import padded_job
 
 ARCHITECTURES = {
     "small": Architecture(vocab_size=2048),
     "large": Architecture(hidden_size=512, intermediate_size=1408, layers=8, heads=8, vocab_size=4096),
+    "huge": Architecture(hidden_size=2048, intermediate_size=5632, layers=6, heads=16, vocab_size=2048),
     "tiny": Architecture(hidden_size=64, intermediate_size=160, layers=2, vocab_size=300, context=64),
 }
-"""METHOD.md's 1 M parameters; 28 M for time and memory a step; one that learns its records in seconds."""
+"""METHOD.md's 1 M parameters; 28 M for time and memory a step, 310 M on a GPU; one that learns in seconds."""
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 PROMPT_TOKENS = (15.0, 20.0, 24.0, 28.0, 33.0, 43.0, 89.0)
 ANSWER_TOKENS = (11.0, 22.0, 41.0, 54.0, 69.0, 90.0, 137.0)
@@ -69,6 +72,34 @@ PASSES = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Device:
+    """Where steps are timed, and how.
+
+    Attributes:
+        name: ``cpu`` or ``cuda``.
+        kind: which of :data:`ARCHITECTURES` is large enough there.
+        unit: of the times.
+        clock: seconds so far, all work asked for done.
+        autocast: of the forward passes: bf16 on a GPU.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    clock: Callable[[], float]
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+def _cuda_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+CPU = Device("cpu", "large", "CPU s", time.process_time, nullcontext)
+CUDA = Device("cuda", "huge", "s", _cuda_clock, partial(torch.autocast, "cuda", dtype=torch.bfloat16))
+
+
 def records(count: int, vocab: int, *, seed: int, short: bool = False) -> list[Example]:
     """Records of random tokens with the lengths of TOFU's; ``short``: a quarter of them."""
     generator = torch.Generator().manual_seed(seed)
@@ -94,17 +125,19 @@ def model_of(kind: str) -> nn.Module:
     return new_model(ARCHITECTURES[kind], vocab_size=ARCHITECTURES[kind].vocab_size, eos_token_id=0, seed=0)
 
 
-def task_of(kind: str, *, forget: int, retain: int) -> Task:
+def task_of(kind: str, *, forget: int, retain: int, device: Device = CPU) -> Task:
     """A request on a fresh model; the stop rule is never met."""
     vocab = ARCHITECTURES[kind].vocab_size
     return Task(
-        model=model_of(kind), forget=records(forget, vocab, seed=1), retain=records(retain, vocab, seed=2),
-        stop=NEVER, seed=0, eos=0,
+        model=model_of(kind).to(device.name), forget=records(forget, vocab, seed=1),
+        retain=records(retain, vocab, seed=2), stop=NEVER, seed=0, eos=0, autocast=device.autocast,
     )  # fmt: skip
 
 
-def step_seconds(task: Task, given: Mapping[str, Any] | None, batch: int, steps: int) -> list[float]:
-    """CPU seconds of each optimizer step after the first, which also makes AdamW's moments."""
+def step_seconds(
+    task: Task, given: Mapping[str, Any] | None, batch: int, steps: int, device: Device = CPU
+) -> list[float]:
+    """Seconds of each optimizer step after the first, which also makes AdamW's moments."""
     p = AlknParams.model_validate({"preset": "rounds", "batch_size": batch, "epochs": steps + 1, **(given or {})})
     hook: Callable[..., None] | None = None
     weights = None
@@ -121,25 +154,25 @@ def step_seconds(task: Task, given: Mapping[str, Any] | None, batch: int, steps:
     times: list[float] = []
     fine_tune(
         task.model, task.forget, p.hyperparameters(), loss=answer_loss(weights), generator=task.generator("order"),
-        before_step=hook, after_step=lambda _: times.append(time.process_time()),
+        before_step=hook, after_step=lambda _: times.append(device.clock()), autocast=task.autocast,
     )  # fmt: skip
     return [b - a for a, b in zip(times, times[1:], strict=False)]
 
 
-def bench_step(batch: int, steps: int, repeats: int) -> None:
+def bench_step(batch: int, steps: int, repeats: int, device: Device) -> None:
     """A step of ``rounds`` against a plain AdamW step on the same batch."""
-    task = task_of("large", forget=batch, retain=batch)
+    task = task_of(device.kind, forget=batch, retain=batch, device=device)
     count = sum(w.numel() for w in task.weights().values())
     click.echo(f"\n## One optimizer step ÷ plain AdamW step, {count / 1e6:.1f} M parameters, batch {batch}\n")
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for turn in range(repeats):
         order = list(VARIANTS) if turn % 2 == 0 else list(VARIANTS)[::-1]
         for name in order:
-            seconds[name] += step_seconds(task, VARIANTS[name], batch, steps)
+            seconds[name] += step_seconds(task, VARIANTS[name], batch, steps, device)
     plain = statistics.median(seconds["plain AdamW"])
     click.echo("| step | ÷ plain | goal |\n|---|---|---|")
     for name, values in seconds.items():
-        goal = "≤ 1.15" if name != "plain AdamW" else f"({plain:.2f} CPU s, {len(values)} steps)"
+        goal = "≤ 1.15" if name != "plain AdamW" else f"({plain:.3g} {device.unit}, {len(values)} steps)"
         click.echo(f"| {name} | {statistics.median(values) / plain:.3f} | {goal} |")
 
 
@@ -185,20 +218,22 @@ def bench_loop(repeats: int, epochs: int) -> None:
         click.echo(f"| {name} | {middle / steps:.2f} | {middle / ours:.1f} | {away:.1e} |")
 
 
-def two_rounds(given: Mapping[str, Any] | None, batch: int) -> object:
+def two_rounds(given: Mapping[str, Any] | None, batch: int, device: Device = CPU) -> object:
     """Two rounds of two epochs of ``alkn`` on a new model; ``None``: as many steps of plain AdamW."""
-    task = task_of("large", forget=2 * batch, retain=2 * batch)
+    task = task_of(device.kind, forget=2 * batch, retain=2 * batch, device=device)
     if given is None:
         hp = Hyperparameters(lr=5e-4, epochs=2, batch_size=batch, clip=1.0)
-        return fine_tune(task.model, task.forget, hp, loss=answer_loss(), generator=task.generator("order"))
+        order = task.generator("order")
+        return fine_tune(task.model, task.forget, hp, loss=answer_loss(), generator=order, autocast=task.autocast)
     shape = {"preset": "rounds", "steps": 2, "epochs": 2, "batch_size": batch, "bisections": 1}
     return alkn(task, AlknParams.model_validate({**shape, **given}))
 
 
-def bench_memory(batch: int) -> None:
+def bench_memory(batch: int, device: Device) -> None:
     """Peak of whole rounds, everything of the method in it, against plain AdamW."""
-    count = sum(p.numel() for p in model_of("large").parameters())
-    peaks = {name: peak_of(partial(two_rounds, given, batch)) for name, given in VARIANTS.items()}
+    count = sum(p.numel() for p in model_of(device.kind).parameters())
+    measured = cuda_peak_of if device is CUDA else peak_of
+    peaks = {name: measured(partial(two_rounds, given, batch, device)) for name, given in VARIANTS.items()}
     plain = peaks["plain AdamW"]
     click.echo(f"\n## Peak memory of two rounds over plain AdamW, {count / 1e6:.1f} M parameters, batch {batch}\n")
     click.echo("| variant | ÷ plain | bytes a parameter over plain | limit |\n|---|---|---|---|")
@@ -260,16 +295,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
-    parser.add_argument("--batch", type=int, default=8, help="records a step of the 28 M model [8]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of parts step and memory [cpu]")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps a turn of part step [2]")
+    parser.add_argument("--batch", type=int, default=8, help="records a step of the model of step and memory [8]")
     parser.add_argument("--epochs", type=int, default=3, help="epochs, three steps each, of the two loops [3]")
     parser.add_argument("--repeats", type=int, default=2, help="turns of each timed thing [2]")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     repeatable_arithmetic()
+    device = CUDA if arguments.device == "cuda" else CPU
     parts: dict[str, Callable[[], None]] = {
-        "step": lambda: bench_step(arguments.batch, 2, arguments.repeats),
+        "step": lambda: bench_step(arguments.batch, arguments.steps, arguments.repeats, device),
         "loop": lambda: bench_loop(arguments.repeats, arguments.epochs),
-        "memory": lambda: bench_memory(arguments.batch),
+        "memory": lambda: bench_memory(arguments.batch, device),
         "request": bench_request,
         "profile": bench_profile,
     }

@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The same bits twice, and every test as in CI, also where there is a GPU.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import copy
 import shutil

@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alkn.compare.config import Cell, Comparison
 from alkn.files import digest_of_value
 from alkn.manifest import code_version, environment
@@ -22,7 +24,7 @@ class Made:
     Attributes:
         code: commit, or version where there is none.
         date: the day on which its last number was measured, ISO, in UTC.
-        machine: processor, cores, memory, versions.
+        machine: processor, cores, memory, GPU where there is one, versions.
     """
 
     code: str
@@ -36,7 +38,7 @@ class Made:
         return cls(
             version.get("commit", version["version"])[:12],
             f"{datetime.now(UTC):%Y-%m-%d}",
-            f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB; torch {versions['torch']},"
+            f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB{_gpu()}; torch {versions['torch']},"
             f" transformers {versions['transformers']}, Python {versions['python']}",
         )
 
@@ -51,6 +53,10 @@ def settings_of_ground(settings: Settings) -> dict[str, Any]:
     """What decides splits and base model; its evaluation and the machine's part do not."""
     every = settings.of_data() | settings.of_base()
     return {name: every[name] for name in ("seed", "benchmark", "data", "base")}
+
+
+def _gpu() -> str:
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
 def _processor() -> str:

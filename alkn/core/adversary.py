@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.optim import AdamW
 
 from alkn.core.distributed import average_gradients_, local
 from alkn.core.scoring import Example, collate
-from alkn.core.training import Loss, answer_loss, backward
+from alkn.core.training import Loss, adamw, answer_loss, backward
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Adversary:
         with torch.no_grad():
             for his, p in zip(self._weights, self._trained, strict=True):
                 his.copy_(local(p.detach()))
-        self._optimizer = AdamW(self._weights, lr=self._resistance.lr, weight_decay=0.0, foreach=True)
+        self._optimizer = adamw(self._weights, lr=self._resistance.lr)
         self._his, self._others = [], []
         for request in self._requests:
             order = [request[int(i)] for i in torch.randperm(len(request), generator=self._generator)]

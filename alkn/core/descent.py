@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from alkn.core.adversary import Adversary, Resistance
 from alkn.core.distributed import average_gradients_
 from alkn.core.scoring import collate, endless_batches
-from alkn.core.training import Loss, backward, distillation_loss
+from alkn.core.training import Loss, adamw, backward, distillation_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 
@@ -188,9 +188,7 @@ def descend(
     trained = [q for q in offered if q.requires_grad]
     if not trained:
         raise InputError("lora.targets: none of the layers that this method trains is among them")
-    stepper = (
-        optimizer(trained) if optimizer else AdamW(trained, lr=pace.lr, weight_decay=pace.weight_decay, foreach=True)
-    )
+    stepper = optimizer(trained) if optimizer else adamw(trained, lr=pace.lr, weight_decay=pace.weight_decay)
     adversary = None
     if resist is not None:
         adversary = Adversary(

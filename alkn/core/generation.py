@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from alkn.core.distributed import dealt, is_main, is_split, sum_
 from alkn.core.scoring import Progress, bucketed, no_progress
 
+CPU_BATCH = (16_384, 128)
+"""Padded tokens of prompts and answers, and prompts, that are written at once on a CPU."""
+GPU_CACHE, GPU_PROMPTS = 8 << 30, 1024
+"""Bytes of keys and values, and prompts, on a GPU: there a token costs hardly more for many prompts than for one."""
+
 
 @torch.no_grad()
 def greedy(
@@ -19,7 +24,7 @@ def greedy(
     *,
     eos: int,
     max_new_tokens: int,
-    max_tokens: int = 16_384,
+    max_tokens: int | None = None,
     progress: Progress = no_progress,
 ) -> list[list[int]]:
     """Greedy continuations: left-padded batches of similar length, with a key-value cache.
@@ -29,7 +34,7 @@ def greedy(
         prompts: token ids, each ``[length]``, at least one token.
         eos: end-of-sequence id; a continuation ends before it.
         max_new_tokens: longest continuation, cut so that it stays in the model's context.
-        max_tokens: padded prompt and answer tokens a batch at the most.
+        max_tokens: padded prompt and answer tokens a batch at the most; ``None``: as many as the device is good for.
         progress: told after every batch.
 
     Returns:
@@ -42,11 +47,14 @@ def greedy(
         room = max_new_tokens if context is None else min(max_new_tokens, context - prompt.numel())
         by_room.setdefault(room, []).append(i)
     # A batch ends for all its prompts at once, so those with the same room go together.
+    tokens, records = _at_once(model)
     parts = [
         (room, [members[i] for i in part])
         for room, members in by_room.items()
         if room > 0
-        for part in bucketed([prompts[i].numel() + room for i in members], max_tokens=max_tokens)
+        for part in bucketed(
+            [prompts[i].numel() + room for i in members], max_tokens=max_tokens or tokens, max_records=records
+        )
     ]
     done = len(prompts) - sum(len(rows) for _, rows in parts)
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
@@ -60,6 +68,21 @@ def greedy(
         done += len(rows)
         progress("generate", done, len(prompts))
     return [[token - 1 for token in row if token] for row in sum_(found).tolist()]
+
+
+def _at_once(model: nn.Module) -> tuple[int, int]:
+    """Padded tokens and prompts of a batch."""
+    return (GPU_CACHE // cache_bytes(model), GPU_PROMPTS) if next(model.parameters()).is_cuda else CPU_BATCH
+
+
+def cache_bytes(model: nn.Module) -> int:
+    """Bytes of the keys and values of one token, in the precision of the model's weights."""
+    causal_lm: Any = model
+    config = causal_lm.config.get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * config.num_hidden_layers * kept * width * next(model.parameters()).element_size())
 
 
 def _continued(model: nn.Module, prompts: Sequence[Tensor], eos: int, room: int) -> list[list[int]]:

@@ -7,12 +7,11 @@ import math
 from collections.abc import Sequence
 
 from torch import Generator, nn
-from torch.optim import AdamW
 
 from alkn.core.attack import Point
 from alkn.core.distributed import refuse_split
 from alkn.core.scoring import Example, Progress, collate, endless_batches, no_progress, score
-from alkn.core.training import answer_loss
+from alkn.core.training import adamw, answer_loss
 from alkn.errors import TrainingDiverged
 
 
@@ -50,7 +49,7 @@ def points_of_training(
     refuse_split(model, label)
     points = [Point.of(0, score(model, measured), owners)] if steps[0] == 0 else []
     copied = copy.deepcopy(model).float().requires_grad_(True).eval()
-    optimizer = AdamW(copied.parameters(), lr=lr, weight_decay=0.0, foreach=True)
+    optimizer = adamw(copied.parameters(), lr=lr)
     batches = endless_batches(len(shown), min(batch_size, len(shown)), generator)
     device, loss = next(copied.parameters()).device, answer_loss()
     for step in range(1, steps[-1] + 1):

@@ -33,8 +33,7 @@ def pack(signs: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     """What :func:`pack` packed, as int8 of ``shape``."""
-    table = _table(0, 1, -1, dtype=torch.int8, device=packed.device)
-    return table.index_select(0, packed.int()).reshape(-1)[: shape.numel()].reshape(shape)
+    return _looked_up(packed, 0, 1, -1, torch.int8)[: shape.numel()].reshape(shape)
 
 
 def part_size(tensor: Tensor) -> int:
@@ -73,12 +72,11 @@ class Ternary:
 
     def factors(self) -> Iterator[tuple[slice, Tensor]]:
         """By flat slices: 1 where Ĝ_r is 0, a where it is +1, −a where it is −1, in float32."""
-        table = _table(1.0, self.gain, -self.gain, dtype=torch.float32, device=self.packed.device)
         total, size = self.shape.numel(), part_size(self.packed)
         for begin in range(0, total, size):
             end = min(begin + size, total)
             part = self.packed[begin // 4 : -(-end // 4)]
-            yield slice(begin, end), table.index_select(0, part.int()).view(-1)[: end - begin]
+            yield slice(begin, end), _looked_up(part, 1.0, self.gain, -self.gain, torch.float32)[: end - begin]
 
     def product(self, forget_grad: Tensor) -> Tensor:
         """What replaces G_u · G_r: G_u·[Ĝ_r = 0] + a·G_u·[Ĝ_r = 1] − a·G_u·[Ĝ_r = −1], of G_u's shape."""
@@ -103,9 +101,46 @@ class Ternary:
         return out.reshape(self.shape)
 
 
+def _looked_up(packed: Tensor, zero: float, plus: float, minus: float, dtype: torch.dtype) -> Tensor:
+    """A value for each of the four entries of every byte, ``[4 * bytes]``.
+
+    A CPU is fastest with all four of a byte at once; a GPU is fifteen times faster with each by itself.
+    """
+    way = by_byte if packed.device.type == "cpu" else by_entry
+    return way(packed, torch.tensor((zero, plus, minus, zero), dtype=dtype))
+
+
+def by_byte(packed: Tensor, values: Tensor) -> Tensor:
+    """The entries of packed bytes, looked up four at a time.
+
+    Args:
+        packed: uint8, ``[bytes]``, on the CPU.
+        values: of the codes 0 to 3, ``[4]``, on the CPU.
+
+    Returns:
+        ``[4 * bytes]``, of the precision of ``values``.
+    """
+    return values[_codes_of_bytes()].index_select(0, packed.int()).view(-1)
+
+
+def by_entry(packed: Tensor, values: Tensor) -> Tensor:
+    """The same, looked up one at a time, and on any device."""
+    codes = packed.unsqueeze(1).bitwise_right_shift(_shifts(packed.device)).bitwise_and_(3).view(-1)
+    return _on(packed.device, tuple(values.tolist()), values.dtype).index_select(0, codes.int())
+
+
+@lru_cache(maxsize=1)
+def _codes_of_bytes() -> Tensor:
+    """The four codes of every byte, ``[256, 4]``."""
+    return torch.arange(256).unsqueeze(1).div(torch.tensor(PLACES), rounding_mode="floor") % 4
+
+
 @lru_cache(maxsize=16)
-def _table(zero: float, plus: float, minus: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The four entries of every byte, ``[256, 4]``; kept, because making it waits for the device."""
-    byte = torch.arange(256, device=device).unsqueeze(1)
-    codes = byte.div(torch.tensor(PLACES, device=device), rounding_mode="floor") % 4
-    return torch.tensor((zero, plus, minus, zero), dtype=dtype, device=device)[codes]
+def _shifts(device: torch.device) -> Tensor:
+    """By how many bits each entry of a byte is shifted; kept, because making it waits for the device."""
+    return torch.tensor([place.bit_length() - 1 for place in PLACES], dtype=torch.uint8, device=device)
+
+
+@lru_cache(maxsize=16)
+def _on(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -31,6 +32,21 @@ GradientHook = Callable[[int, Batch], None]
 """Called as (step, batch) when every ``grad`` is ready and clipped, before the optimizer's step."""
 StepHook = Callable[[int], None]
 """Called as (step) after the optimizer's step."""
+
+
+def adamw(parameters: Iterable[Any], *, lr: float, weight_decay: float = 0.0, **more: Any) -> AdamW:
+    """AdamW over parameters or groups of them: one kernel for all on a GPU, ``torch._foreach`` on a CPU.
+
+    Args:
+        parameters: tensors, or groups as torch takes them; at least one, all on one device.
+        lr: learning rate.
+        weight_decay: decoupled.
+        more: see :class:`torch.optim.AdamW`.
+    """
+    given = list(parameters)
+    first = next(iter(given[0]["params"])) if isinstance(given[0], dict) else given[0]
+    fused = bool(first.is_cuda)
+    return AdamW(given, lr=lr, weight_decay=weight_decay, fused=fused, foreach=not fused, **more)
 
 
 def linear_warmup(optimizer: Optimizer, *, warmup: int, total: int) -> LambdaLR:
@@ -244,13 +260,7 @@ def fine_tune(
     """
     device = next(model.parameters()).device
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = AdamW(
-        list(groups) if groups is not None else params,
-        lr=hp.lr,
-        betas=hp.betas,
-        weight_decay=hp.weight_decay,
-        foreach=True,
-    )
+    optimizer = adamw(params if groups is None else groups, lr=hp.lr, weight_decay=hp.weight_decay, betas=hp.betas)
     schedule = scheduler(optimizer) if scheduler else None
     lengths = [e.tokens.numel() for e in examples]
     total = steps_of(len(examples), hp)

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 import torch
 from pydantic import Field
 from torch import BoolTensor, Tensor
-from torch.optim import AdamW
 
 from alkn.core.descent import descend, retain_term
 from alkn.core.distributed import refuse_split, whole_batches
 from alkn.core.gradient_mask import top_share_masks
 from alkn.core.scoring import bucketed, collate, mean_gradient
 from alkn.core.sophia import gauss_newton_bartlett
-from alkn.core.training import Loss, answer_loss
+from alkn.core.training import Loss, adamw, answer_loss
 from alkn.core.unlearning import Outcome, Task
 from alkn.methods.descent_params import DescentParams
 from alkn.methods.forget_loss import ForgetLoss, forget_loss
@@ -72,7 +71,7 @@ def wagle(task: Task, params: WagleParams) -> Outcome:
         pace,
         forget=loss,
         keep=keep,
-        optimizer=lambda trained: AdamW(trained, lr=pace.lr, weight_decay=0.0, foreach=True),
+        optimizer=lambda trained: adamw(trained, lr=pace.lr),
         before_step=restrict,
     )
     return dataclasses.replace(outcome, passes=outcome.passes + passes)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alkn.core.generation import greedy
+from alkn.core.generation import cache_bytes, greedy
 from alkn.core.scoring import (
     Example,
     bucketed,
@@ -225,6 +225,16 @@ def test_greedy_equals_the_argmax_loop(kind: str, make_model: Any, make_examples
     assert len(expected[0]) < 10 and max(map(len, expected)) == 10
     assert greedy(model, prompts, eos=eos, max_new_tokens=10) == expected
     assert greedy(model, prompts, eos=eos, max_new_tokens=10, max_tokens=40) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma2"])
+def test_bytes_of_a_cached_token(kind: str, make_model: Any) -> None:
+    """Against the tensors that the model itself keeps for seven tokens."""
+    model = make_model(kind)
+    cache = model(input_ids=torch.arange(7).unsqueeze(0), use_cache=True).past_key_values
+    kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache_bytes(model) * 7 == kept
+    assert cache_bytes(model.bfloat16()) * 14 == kept
 
 
 def test_greedy_reports_its_progress(make_model: Any, make_examples: Any) -> None:

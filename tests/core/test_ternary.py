@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alkn.core.ternary import CPU_PART, Ternary, pack, unpack
+from alkn.core.ternary import CPU_PART, Ternary, by_byte, by_entry, pack, unpack
 
 
 def signs(*shape: int, seed: int = 0) -> Tensor:
@@ -37,6 +37,15 @@ def test_round_trip_of_floats_and_of_every_byte() -> None:
     every = torch.tensor(np.array(np.meshgrid(*[[0.0, 1.0, -1.0]] * 4)).reshape(4, -1).T.copy())
     assert torch.equal(unpack(pack(every), every.shape).double(), every)
     assert pack(every).unique().numel() == 81
+
+
+def test_a_gpus_way_of_looking_up_is_a_cpus() -> None:
+    """Every byte there is, and three values that tell the codes apart."""
+    every = torch.arange(256, dtype=torch.uint8)
+    for values in (torch.tensor([1.0, 100.0, -100.0, 1.0]), torch.tensor([0, 1, -1, 0], dtype=torch.int8)):
+        by_hand = [values[(byte >> shift) & 3] for byte in range(256) for shift in (0, 2, 4, 6)]
+        assert torch.equal(by_entry(every, values), torch.stack(by_hand))
+        assert torch.equal(by_byte(every, values), torch.stack(by_hand))
 
 
 def test_equation_56_by_hand() -> None:
