@@ -44,7 +44,7 @@ bench-tofu: install  ## The TOFU protocol of docs/EXPERIMENTS.md, next to the pu
 bench-speed: install  ## Speed, memory and cost as ratios measured in one run (docs/PERFORMANCE.md)
 	$(BIN)/python -m flows.bench_speed
 
-bench-gpu: install  ## A model of 310 M parameters on a GPU: steps, memory, and TOFU's five requests (docs/PERFORMANCE.md)
+bench-gpu: install  ## 310 M parameters on a GPU: steps, memory, TOFU's five requests (docs/PERFORMANCE.md)
 	$(BIN)/python -m flows.bench_speed --device cuda --part step --batch 32 --steps 12
 	$(BIN)/python -m flows.bench_speed --device cuda --part memory --batch 16
 	$(BIN)/python -m flows.bench_gpu

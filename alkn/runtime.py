@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from alkn.core.distributed import processes
 from alkn.errors import InputError
@@ -34,7 +35,7 @@ class Runtime:
         run: settings.
 
     Raises:
-        InputError: if CUDA is asked for by name and is not there.
+        InputError: if a device is asked for by name that is not there, or that the processes were not started on.
 
     Attributes:
         device: the device that models are put on.
@@ -45,16 +46,23 @@ class Runtime:
     def __init__(self, run: Run) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         repeatable_arithmetic()
-        if run.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("params.yaml: run.device: 'cuda' is asked for, and torch finds no CUDA device")
-        cuda = torch.cuda.is_available() and run.device != "cpu"
-        # Not an Accelerator: a process has one device of a launch, but steps of any precision.
-        launched = PartialState(cpu=not cuda)
+        there = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        if run.device == "cuda" and not there:
+            raise InputError(
+                "params.yaml: run.device: 'cuda' is asked for, and torch finds no CUDA device, or was launched without"
+            )
+        alone = torch.device("cuda" if there and run.device != "cpu" else "cpu")
+        # Not an Accelerator: the processes of a launch have one device each, but make steps of any precision.
+        launched = PartialState(cpu=alone.type == "cpu")
         torch.set_num_threads(run.threads)  # after accelerate, which sets it too
-        self.split = processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        alone = torch.device("cuda" if cuda else "cpu")
         self.device: torch.device = alone if processes() == 1 else launched.device
-        bf16 = run.precision == "bf16" or (run.precision == "auto" and cuda)
+        if run.device not in ("auto", self.device.type):
+            raise InputError(
+                f"params.yaml: run.device: {run.device!r} is asked for, and these {processes()} processes were started"
+                f" together on {self.device.type!r}"
+            )
+        self.split = processes() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
+        bf16 = run.precision == "bf16" or (run.precision == "auto" and self.device.type == "cuda")
         self.autocast: Callable[[], AbstractContextManager[Any]] = (
             partial(torch.autocast, self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext
         )

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from alkn.compare.cell import ground_is_made, ground_of, make_ground, run_cell
+from alkn.compare.cell import ground_of, make_ground, run_cell
 from alkn.compare.config import Cell, Comparison, load_comparison
 from alkn.compare.results import CellResult, read_cell
 from alkn.manifest import read_manifest
@@ -34,7 +34,7 @@ PHASES = {
     "train base": "base, training", "train": "reference, training", "generate": "writing records",
     "steps": "unlearning steps", "relearning": "relearning attack",
 }  # fmt: skip
-"""What the progress of a piece of work is called -> the phase that its time and tokens count for."""
+"""How the progress of a piece of work begins -> the phase that its time and tokens count for."""
 REST = "measuring and the rest"
 
 
@@ -68,20 +68,26 @@ class Phase:
 
 
 class Meter:
-    """Counts tokens at the embedding of whatever model runs, and books time and memory on the present phase.
+    """Counts tokens at the embeddings of the models that run, and books time and memory on the present phase.
+
+    Models have one embedding each, as Llama's.
 
     Attributes:
         phases: by name, in the order in which they came.
+        made: the requests, or ``base`` and ``final``, that told of themselves, in order.
     """
 
     def __init__(self) -> None:
         self.phases: dict[str, Phase] = {}
+        self.made: list[str] = []
         self._now, self._since = REST, time.perf_counter()
         self._gpu = torch.cuda.is_available()
 
     def tell(self, request: str, what: str, done: int, total: int) -> None:
-        """Progress of a piece of work: its next part runs from here on, or something else if it is done."""
-        now = REST if done >= total else next((phase for name, phase in PHASES.items() if what.startswith(name)), REST)
+        """Progress of a piece of work, which runs until another one tells of itself."""
+        if request not in self.made:
+            self.made.append(request)
+        now = next((phase for name, phase in PHASES.items() if what.startswith(name)), REST)
         if now != self._now:
             self._book()
             self._now = now
@@ -148,29 +154,25 @@ def parameters_of(ground: Project) -> int:
 
 
 def bench_chain(folder: Path, comparison: Comparison, cell: Cell) -> None:
-    """The base model and the five requests of one cell."""
+    """The base model and the requests of one cell, as far as an earlier run did not make them."""
     folder.mkdir(parents=True, exist_ok=True)
     Project(folder).key(create=True)
     rate = matrix_rate()
     click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; bf16 product: {rate / 1e12:.0f} TFLOP/s")
-    for name, work in {
-        "The base model": lambda tell: make_ground(folder, comparison, cell.seed, tell),
-        "The five requests": lambda tell: run_cell(folder, comparison, cell, tell),
-    }.items():
-        if name == "The base model" and ground_is_made(folder, comparison, cell.seed):
-            continue
+    for work in (
+        lambda tell: make_ground(folder, comparison, cell.seed, tell),
+        lambda tell: run_cell(folder, comparison, cell, tell),
+    ):
         meter = Meter()
         with meter.counting():
             work(meter.tell)
-        click.echo(f"\n## {name}\n")
-        show_phases(meter, parameters_of(ground_of(folder, cell.seed)), rate)
+        if meter.made:
+            click.echo(f"\n## Made in this run: {', '.join(meter.made)}\n")
+            show_phases(meter, parameters_of(ground_of(folder, cell.seed)), rate)
     result = read_cell(folder, comparison, {}, cell)
     if result is not None:
-        click.echo(
-            f"\n## {result.cell.title}: P of what was never drawn on after each request, P/EM of every request\n"
-        )
+        click.echo(f"\n## {result.cell.title}\n")
         show_chain(result)
-        click.echo(str(result.quantities()))
 
 
 def main() -> None:

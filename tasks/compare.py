@@ -24,7 +24,8 @@ from alkn.compare.report import write_report
 from alkn.compare.results import CellResult, Results, StepResult, collect, made_here
 from alkn.compare.worker import EVERY_S, SAID, job_of
 from alkn.files import digest_of, digest_of_value, read_json
-from tasks.tracking import ComparisonTracker, TrackingUnavailable
+from tasks.comparison_tracking import ComparisonTracker
+from tasks.tracking import TrackingUnavailable
 
 logger = logging.getLogger(__name__)
 STOPPED = "stopped"

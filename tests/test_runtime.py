@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -27,9 +28,24 @@ def test_each_precision_in_one_process() -> None:
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is one taken that ``accelerate launch --cpu`` leaves alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match=r"params.yaml: run.device: 'cuda' is asked for, and torch finds no CUDA"):
         Runtime(Run(device="cuda"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(InputError, match="or was launched without"):
+        Runtime(Run(device="cuda"))
+    assert Runtime(Run()).device == torch.device("cpu")
+
+
+def test_a_gpu_is_bf16_unless_it_is_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    Runtime(Run(device="cpu"))  # what accelerate keeps for the process is made without the pretended one
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for precision, expected in (("auto", True), ("bf16", True), ("fp32", False)):
+        runtime = Runtime(Run(device="cuda", precision=precision))
+        assert runtime.device == torch.device("cuda")
+        assert (runtime.autocast is not nullcontext) is expected, precision
 
 
 def test_a_chain_whose_precision_changes(tiny_project: Callable[..., Project]) -> None:

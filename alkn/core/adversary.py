@@ -123,7 +123,7 @@ class Adversary:
         with torch.no_grad():
             for his, p in zip(self._weights, self._trained, strict=True):
                 his.copy_(local(p.detach()))
-        self._optimizer = adamw(self._weights, lr=self._resistance.lr)
+        self._optimizer = adamw(self._weights, device=self._weights[0].device, lr=self._resistance.lr)
         self._his, self._others = [], []
         for request in self._requests:
             order = [request[int(i)] for i in torch.randperm(len(request), generator=self._generator)]

@@ -188,7 +188,11 @@ def descend(
     trained = [q for q in offered if q.requires_grad]
     if not trained:
         raise InputError("lora.targets: none of the layers that this method trains is among them")
-    stepper = optimizer(trained) if optimizer else adamw(trained, lr=pace.lr, weight_decay=pace.weight_decay)
+    device = trained[0].device
+    if optimizer is None:
+        stepper: Optimizer = adamw(trained, device=device, lr=pace.lr, weight_decay=pace.weight_decay)
+    else:
+        stepper = optimizer(trained)
     adversary = None
     if resist is not None:
         adversary = Adversary(
@@ -199,7 +203,6 @@ def descend(
     records = [*task.forget, *task.earlier]
     earlier_every = EARLIER_EVERY * pace.check_every
     again = Replay(task, replay) if replay and task.earlier else None
-    device = trained[0].device
     step = 0
 
     def push(pushed: list[int], size: int) -> None:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from alkn.core.distributed import dealt, is_main, is_split, sum_
 from alkn.core.scoring import Progress, bucketed, no_progress
 
-CPU_BATCH = (16_384, 128)
-"""Padded tokens of prompts and answers, and prompts, that are written at once on a CPU."""
-GPU_CACHE, GPU_PROMPTS = 8 << 30, 1024
-"""Bytes of keys and values, and prompts, on a GPU: there a token costs hardly more for many prompts than for one."""
+BATCH = (16_384, 128)
+"""Padded tokens of prompts and answers, and prompts, that are written at once where nothing more is known."""
+GPU_CACHE, GPU_SHARE, GPU_PROMPTS = 8 << 30, 1 / 8, 1024
+"""Bytes of keys and values, but no more than this share of the GPU's memory, and prompts: there a token costs hardly
+more for many prompts than for one."""
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def greedy(
         eos: end-of-sequence id; a continuation ends before it.
         max_new_tokens: longest continuation, cut so that it stays in the model's context.
         max_tokens: padded prompt and answer tokens a batch at the most; ``None``: as many as the device is good for.
-        progress: told after every batch.
+        progress: told before the first batch and after every one.
 
     Returns:
         New token ids a prompt, without the end-of-sequence token.
@@ -47,7 +48,7 @@ def greedy(
         room = max_new_tokens if context is None else min(max_new_tokens, context - prompt.numel())
         by_room.setdefault(room, []).append(i)
     # A batch ends for all its prompts at once, so those with the same room go together.
-    tokens, records = _at_once(model)
+    tokens, records = at_once(model, _memory(next(model.parameters()).device))
     parts = [
         (room, [members[i] for i in part])
         for room, members in by_room.items()
@@ -57,6 +58,7 @@ def greedy(
         )
     ]
     done = len(prompts) - sum(len(rows) for _, rows in parts)
+    progress("generate", done, len(prompts))
     found = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long)
     # Split weights are gathered token by token, so all processes have to write the same answers.
     share = [(part, is_main()) for part in parts] if is_split(model) else dealt(parts)
@@ -70,19 +72,35 @@ def greedy(
     return [[token - 1 for token in row if token] for row in sum_(found).tolist()]
 
 
-def _at_once(model: nn.Module) -> tuple[int, int]:
-    """Padded tokens and prompts of a batch."""
-    return (GPU_CACHE // cache_bytes(model), GPU_PROMPTS) if next(model.parameters()).is_cuda else CPU_BATCH
+def at_once(model: nn.Module, memory: int | None) -> tuple[int, int]:
+    """Padded tokens and prompts of a batch; the same on every machine with as much memory.
+
+    Args:
+        model: who writes.
+        memory: bytes that the GPU has in all; ``None`` on a CPU.
+    """
+    a_token = cache_bytes(model)
+    if memory is None or a_token is None:
+        return BATCH
+    return int(min(GPU_CACHE, memory * GPU_SHARE)) // a_token, GPU_PROMPTS
 
 
-def cache_bytes(model: nn.Module) -> int:
-    """Bytes of the keys and values of one token, in the precision of the model's weights."""
+def cache_bytes(model: nn.Module) -> int | None:
+    """Bytes of the keys and values of one token, in the precision of the weights; ``None``: the model does not tell."""
     causal_lm: Any = model
     config = causal_lm.config.get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * config.num_hidden_layers * kept * width * next(model.parameters()).element_size())
+    try:
+        heads = config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kept = getattr(config, "num_key_value_heads", None) or heads
+        return int(2 * config.num_hidden_layers * kept * width * next(model.parameters()).element_size())
+    except AttributeError:
+        # A model without attention, or one whose layers differ.
+        return None
+
+
+def _memory(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _continued(model: nn.Module, prompts: Sequence[Tensor], eos: int, room: int) -> list[list[int]]:

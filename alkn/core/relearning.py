@@ -49,9 +49,9 @@ def points_of_training(
     refuse_split(model, label)
     points = [Point.of(0, score(model, measured), owners)] if steps[0] == 0 else []
     copied = copy.deepcopy(model).float().requires_grad_(True).eval()
-    optimizer = adamw(copied.parameters(), lr=lr)
-    batches = endless_batches(len(shown), min(batch_size, len(shown)), generator)
     device, loss = next(copied.parameters()).device, answer_loss()
+    optimizer = adamw(copied.parameters(), device=device, lr=lr)
+    batches = endless_batches(len(shown), min(batch_size, len(shown)), generator)
     for step in range(1, steps[-1] + 1):
         progress(label, step - 1, steps[-1])
         value = loss(copied, collate(shown, next(batches), device=device))

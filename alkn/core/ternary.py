@@ -33,7 +33,7 @@ def pack(signs: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     """What :func:`pack` packed, as int8 of ``shape``."""
-    return _looked_up(packed, 0, 1, -1, torch.int8)[: shape.numel()].reshape(shape)
+    return _looked_up(packed, (0, 1, -1), torch.int8)[: shape.numel()].reshape(shape)
 
 
 def part_size(tensor: Tensor) -> int:
@@ -72,11 +72,11 @@ class Ternary:
 
     def factors(self) -> Iterator[tuple[slice, Tensor]]:
         """By flat slices: 1 where Ĝ_r is 0, a where it is +1, −a where it is −1, in float32."""
-        total, size = self.shape.numel(), part_size(self.packed)
+        total, size, values = self.shape.numel(), part_size(self.packed), (1.0, self.gain, -self.gain)
         for begin in range(0, total, size):
             end = min(begin + size, total)
             part = self.packed[begin // 4 : -(-end // 4)]
-            yield slice(begin, end), _looked_up(part, 1.0, self.gain, -self.gain, torch.float32)[: end - begin]
+            yield slice(begin, end), _looked_up(part, values, torch.float32)[: end - begin]
 
     def product(self, forget_grad: Tensor) -> Tensor:
         """What replaces G_u · G_r: G_u·[Ĝ_r = 0] + a·G_u·[Ĝ_r = 1] − a·G_u·[Ĝ_r = −1], of G_u's shape."""
@@ -101,46 +101,38 @@ class Ternary:
         return out.reshape(self.shape)
 
 
-def _looked_up(packed: Tensor, zero: float, plus: float, minus: float, dtype: torch.dtype) -> Tensor:
-    """A value for each of the four entries of every byte, ``[4 * bytes]``.
-
-    A CPU is fastest with all four of a byte at once; a GPU is fifteen times faster with each by itself.
-    """
-    way = by_byte if packed.device.type == "cpu" else by_entry
-    return way(packed, torch.tensor((zero, plus, minus, zero), dtype=dtype))
-
-
-def by_byte(packed: Tensor, values: Tensor) -> Tensor:
-    """The entries of packed bytes, looked up four at a time.
+def look_up(packed: Tensor, values: tuple[float, float, float], dtype: torch.dtype, *, one_by_one: bool) -> Tensor:
+    """A value for each of the four entries of every byte.
 
     Args:
-        packed: uint8, ``[bytes]``, on the CPU.
-        values: of the codes 0 to 3, ``[4]``, on the CPU.
+        packed: uint8, ``[bytes]``, see :func:`pack`.
+        values: for zero, +1 and −1.
+        dtype: of the result.
+        one_by_one: look up each entry, fifteen times faster on a GPU, or all four of a byte, faster on a CPU.
 
     Returns:
-        ``[4 * bytes]``, of the precision of ``values``.
+        ``[4 * bytes]``, in flat order.
     """
-    return values[_codes_of_bytes()].index_select(0, packed.int()).view(-1)
+    table = _table(values, dtype, packed.device, one_by_one)
+    if not one_by_one:
+        return table.index_select(0, packed.int()).view(-1)
+    codes = packed.unsqueeze(1).bitwise_right_shift(_shifts(packed.device)).bitwise_and_(3)
+    return table.index_select(0, codes.view(-1).int())
 
 
-def by_entry(packed: Tensor, values: Tensor) -> Tensor:
-    """The same, looked up one at a time, and on any device."""
-    codes = packed.unsqueeze(1).bitwise_right_shift(_shifts(packed.device)).bitwise_and_(3).view(-1)
-    return _on(packed.device, tuple(values.tolist()), values.dtype).index_select(0, codes.int())
+def _looked_up(packed: Tensor, values: tuple[float, float, float], dtype: torch.dtype) -> Tensor:
+    return look_up(packed, values, dtype, one_by_one=packed.device.type != "cpu")
 
 
-@lru_cache(maxsize=1)
-def _codes_of_bytes() -> Tensor:
-    """The four codes of every byte, ``[256, 4]``."""
-    return torch.arange(256).unsqueeze(1).div(torch.tensor(PLACES), rounding_mode="floor") % 4
+@lru_cache(maxsize=16)
+def _table(values: tuple[float, float, float], dtype: torch.dtype, device: torch.device, one_by_one: bool) -> Tensor:
+    """The value of each code, ``[4]``, or those of each byte, ``[256, 4]``; kept: making it waits for the device."""
+    of_code = torch.tensor((*values, values[0]), dtype=dtype, device=device)
+    every = torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1)
+    return of_code if one_by_one else of_code[(every.bitwise_right_shift(_shifts(device)) & 3).int()]
 
 
 @lru_cache(maxsize=16)
 def _shifts(device: torch.device) -> Tensor:
-    """By how many bits each entry of a byte is shifted; kept, because making it waits for the device."""
+    """By how many bits each entry of a byte is shifted, ``[4]``; kept as well."""
     return torch.tensor([place.bit_length() - 1 for place in PLACES], dtype=torch.uint8, device=device)
-
-
-@lru_cache(maxsize=16)
-def _on(device: torch.device, values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)

@@ -34,19 +34,28 @@ StepHook = Callable[[int], None]
 """Called as (step) after the optimizer's step."""
 
 
-def adamw(parameters: Iterable[Any], *, lr: float, weight_decay: float = 0.0, **more: Any) -> AdamW:
-    """AdamW over parameters or groups of them: one kernel for all on a GPU, ``torch._foreach`` on a CPU.
+def adamw(
+    parameters: Iterable[Any],
+    *,
+    device: torch.device,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> AdamW:
+    """AdamW in few kernels: one for all tensors on a GPU, ``torch._foreach`` elsewhere.
 
     Args:
-        parameters: tensors, or groups as torch takes them; at least one, all on one device.
+        parameters: tensors, or groups as torch takes them.
+        device: where they are.
         lr: learning rate.
         weight_decay: decoupled.
-        more: see :class:`torch.optim.AdamW`.
+        betas: of the moments.
+
+    Raises:
+        ValueError: if there are none.
     """
-    given = list(parameters)
-    first = next(iter(given[0]["params"])) if isinstance(given[0], dict) else given[0]
-    fused = bool(first.is_cuda)
-    return AdamW(given, lr=lr, weight_decay=weight_decay, fused=fused, foreach=not fused, **more)
+    fused = device.type == "cuda"
+    return AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, fused=fused, foreach=not fused)
 
 
 def linear_warmup(optimizer: Optimizer, *, warmup: int, total: int) -> LambdaLR:
@@ -252,7 +261,7 @@ def fine_tune(
         after_step: called when the weights have moved.
         until: asked after every epoch; true ends the training there.
         autocast: context for the forward pass (mixed precision).
-        progress: told about every step.
+        progress: told before the first step and after every one.
         label: what the progress shows.
 
     Raises:
@@ -260,12 +269,15 @@ def fine_tune(
     """
     device = next(model.parameters()).device
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = adamw(params if groups is None else groups, lr=hp.lr, weight_decay=hp.weight_decay, betas=hp.betas)
+    optimizer = adamw(
+        params if groups is None else groups, device=device, lr=hp.lr, weight_decay=hp.weight_decay, betas=hp.betas
+    )
     schedule = scheduler(optimizer) if scheduler else None
     lengths = [e.tokens.numel() for e in examples]
     total = steps_of(len(examples), hp)
     losses: list[float] = []
     model.eval()
+    progress(label, 0, total)
     for _ in range(hp.epochs):
         for records in shuffled_batches(lengths, batch_size=hp.batch_size, generator=generator, window=hp.window):
             batch = collate(examples, records, device=device)

@@ -71,7 +71,7 @@ def wagle(task: Task, params: WagleParams) -> Outcome:
         pace,
         forget=loss,
         keep=keep,
-        optimizer=lambda trained: adamw(trained, lr=pace.lr),
+        optimizer=lambda trained: adamw(trained, device=trained[0].device, lr=pace.lr),
         before_step=restrict,
     )
     return dataclasses.replace(outcome, passes=outcome.passes + passes)

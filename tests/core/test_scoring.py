@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alkn.core.generation import cache_bytes, greedy
+from alkn.core.generation import at_once, cache_bytes, greedy
 from alkn.core.scoring import (
     Example,
     bucketed,
@@ -233,12 +233,23 @@ def test_bytes_of_a_cached_token(kind: str, make_model: Any) -> None:
     model = make_model(kind)
     cache = model(input_ids=torch.arange(7).unsqueeze(0), use_cache=True).past_key_values
     kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-    assert cache_bytes(model) * 7 == kept
-    assert cache_bytes(model.bfloat16()) * 14 == kept
+    found = cache_bytes(model)
+    assert found is not None and found * 7 == kept
+    assert at_once(model, 80 << 30) == ((8 << 30) // found, 1024)
+    assert at_once(model, 16 << 30) == ((2 << 30) // found, 1024), "an eighth of a small card"
+    assert at_once(model, None) == (16_384, 128), "a CPU"
+    assert cache_bytes(model.bfloat16()) == found // 2
+
+
+def test_a_model_without_attention_has_no_such_cache() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1))
+    assert cache_bytes(model) is None and at_once(model, 80 << 30) == at_once(model, None)
 
 
 def test_greedy_reports_its_progress(make_model: Any, make_examples: Any) -> None:
-    """After every batch, up to all prompts."""
+    """Before the first batch and after every one, up to all prompts."""
     calls: list[tuple[str, int, int]] = []
     prompts = prompts_of(make_examples)
     greedy(
@@ -249,7 +260,7 @@ def test_greedy_reports_its_progress(make_model: Any, make_examples: Any) -> Non
         max_tokens=40,
         progress=lambda *c: calls.append(c),
     )
-    assert len(calls) > 1 and calls[-1] == ("generate", 9, 9)
+    assert len(calls) > 2 and calls[0] == ("generate", 0, 9) and calls[-1] == ("generate", 9, 9)
     assert [c[1] for c in calls] == sorted(c[1] for c in calls)
 
 

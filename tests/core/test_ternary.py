@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alkn.core.ternary import CPU_PART, Ternary, by_byte, by_entry, pack, unpack
+from alkn.core.ternary import CPU_PART, Ternary, look_up, pack, unpack
 
 
 def signs(*shape: int, seed: int = 0) -> Tensor:
@@ -39,13 +39,14 @@ def test_round_trip_of_floats_and_of_every_byte() -> None:
     assert pack(every).unique().numel() == 81
 
 
-def test_a_gpus_way_of_looking_up_is_a_cpus() -> None:
-    """Every byte there is, and three values that tell the codes apart."""
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_every_byte_is_looked_up(one_by_one: bool) -> None:
+    """A CPU's way and a GPU's, by hand: two bits an entry, the lowest first."""
     every = torch.arange(256, dtype=torch.uint8)
-    for values in (torch.tensor([1.0, 100.0, -100.0, 1.0]), torch.tensor([0, 1, -1, 0], dtype=torch.int8)):
-        by_hand = [values[(byte >> shift) & 3] for byte in range(256) for shift in (0, 2, 4, 6)]
-        assert torch.equal(by_entry(every, values), torch.stack(by_hand))
-        assert torch.equal(by_byte(every, values), torch.stack(by_hand))
+    for values, dtype in (((1.0, 100.0, -100.0), torch.float32), ((0, 1, -1), torch.int8)):
+        by_hand = [(*values, values[0])[(byte >> shift) & 3] for byte in range(256) for shift in (0, 2, 4, 6)]
+        found = look_up(every, values, dtype, one_by_one=one_by_one)
+        assert found.dtype is dtype and found.tolist() == by_hand
 
 
 def test_equation_56_by_hand() -> None:

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from alkn.core.scoring import Batch, Example, shuffled_batches
 from alkn.core.training import (
     Hyperparameters,
+    adamw,
     answer_loss,
     cosine,
     fine_tune,
@@ -125,7 +126,7 @@ def test_hooks_in_order(make_model: Any, examples: list[Example]) -> None:
         label="round 2",
     )
     assert calls == [(name, step) for step in range(9) for name in ("before", "after")]
-    assert progress == [("round 2", step, 9) for step in range(1, 10)]
+    assert progress == [("round 2", step, 9) for step in range(10)]
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -268,3 +269,27 @@ def test_a_last_update_that_breaks_the_weights_is_noticed(make_model: Any, examp
                 scheduler=lambda o, last=last: LambdaLR(o, lambda step: math.inf if step == last - 1 else 1.0),
             )  # fmt: skip
         assert len(losses) == last and all(math.isfinite(value) for value in losses)
+
+
+def test_adamw_is_torchs_own() -> None:
+    """Three steps of two groups, the first of them empty, to the bit; on a GPU it is the fused one."""
+    ours, plain = ([nn.Parameter(t.clone()) for t in (torch.arange(6.0), torch.ones(2, 3))] for _ in range(2))
+    groups = [[{"params": []}, {"params": ps[:1], "lr": 0.1}, {"params": ps[1:]}] for ps in (ours, plain)]
+    first = adamw(groups[0], device=torch.device("cpu"), lr=0.01, weight_decay=0.2, betas=(0.8, 0.9))
+    second = AdamW(groups[1], lr=0.01, weight_decay=0.2, betas=(0.8, 0.9), foreach=True)
+    for step in range(3):
+        for ps, optimizer in ((ours, first), (plain, second)):
+            for p in ps:
+                p.grad = torch.sin(p.detach() + step)
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    assert not torch.equal(ours[0], torch.arange(6.0))
+    of_gpu = adamw(ours, device=torch.device("cuda"), lr=0.01).defaults
+    assert (of_gpu["fused"], of_gpu["foreach"], of_gpu["weight_decay"], of_gpu["betas"]) == (
+        True,
+        False,
+        0.0,
+        (0.9, 0.999),
+    )
+    with pytest.raises(ValueError, match="empty parameter list"):
+        adamw([], device=torch.device("cpu"), lr=0.01)
