@@ -134,6 +134,70 @@ class Replay:
         return [len(self._task.forget) + int(i) for i in self._above[order[: self._batch_size]]]
 
 
+class Push:
+    """The forget part of a step.
+
+    Args:
+        task: whose records are forgotten.
+        loss: on a batch of them; ``batch.records`` are indices into ``task.forget`` and on through ``task.earlier``.
+
+    Attributes:
+        passes: record passes spent so far.
+    """
+
+    def __init__(self, task: Task, loss: Loss) -> None:
+        self._task, self._loss, self._records = task, loss, [*task.forget, *task.earlier]
+        self.passes = 0
+
+    def __call__(self, pushed: list[int], size: int, step: int) -> None:
+        """Add the gradient of the loss on some records, each with the weight of one of ``size``."""
+        if not pushed:
+            return
+        device = next(self._task.model.parameters()).device
+        with self._task.autocast():
+            loss = self._loss(self._task.model, collate(self._records, pushed, device=device))
+            backward(loss * (len(pushed) / size), step, "forget")
+        self.passes += len(pushed)
+
+
+class Watch:
+    """Measures the request, and more rarely the earlier ones, while it is forgotten.
+
+    Args:
+        task: the request; it is measured at once.
+        pace: when.
+
+    Attributes:
+        again: the earlier requests, where they are replayed.
+        history: one row a measurement of the request.
+        now: what was measured last of the request.
+        met: whether the stop rule is met, by the earlier requests as well.
+        at_target: which records meet it by themselves, ``[records]``, boolean.
+    """
+
+    def __init__(self, task: Task, pace: Pace) -> None:
+        self._task, self._pace = task, pace
+        self.again: Replay | None = None
+        self.now, scores = task.measure_stored()
+        self.history = [self.now.row(0)]
+        self.met, self.at_target = task.stop.met(self.now), task.stop.met_by(scores)
+
+    def __call__(self, step: int) -> Forgetting | None:
+        """Measure after step ``step``, if it is time to; of each number the larger one of all requests."""
+        pace, stop = self._pace, self._task.stop
+        if step % pace.check_every and step != pace.steps:
+            return None
+        self.now, scores = self._task.measure_stored()
+        self.history.append(self.now.row(step))
+        worst = self.now
+        if self.again is not None:
+            if step % (EARLIER_EVERY * pace.check_every) == 0 or step >= min(pace.decay_steps, pace.steps):
+                self.again.measure()
+            worst = self.now.worst(self.again.now)
+        self.met, self.at_target = stop.met(worst), stop.met_by(scores)
+        return worst
+
+
 def descend(
     task: Task,
     pace: Pace,
@@ -179,17 +243,15 @@ def descend(
         InputError: if nothing of ``parameters`` requires a gradient.
         TrainingDiverged: when a loss is not finite, with the step, never with data.
     """
-    now, scores = task.measure_stored()
-    history, spent = [now.row(0)], 0
-    met, at_target = task.stop.met(now), task.stop.met_by(scores)
-    if met:
-        return Outcome(True, history, {}, keep.passes if keep else 0)
+    watch = Watch(task, pace)
+    if watch.met:
+        return Outcome(True, watch.history, {}, keep.passes if keep else 0)
     offered = parameters if parameters is not None else task.model.parameters()
     trained = [q for q in offered if q.requires_grad]
     if not trained:
         raise InputError("lora.targets: none of the layers that this method trains is among them")
-    device = trained[0].device
     if optimizer is None:
+        device = trained[0].device
         stepper: Optimizer = adamw(trained, device=device, lr=pace.lr, weight_decay=pace.weight_decay)
     else:
         stepper = optimizer(trained)
@@ -200,56 +262,46 @@ def descend(
             generator=task.generator("adversary"), autocast=task.autocast,
         )  # fmt: skip
     batches = endless_batches(len(task.forget), portion or pace.batch_size, task.generator("order"))
-    records = [*task.forget, *task.earlier]
-    earlier_every = EARLIER_EVERY * pace.check_every
-    again = Replay(task, replay) if replay and task.earlier else None
+    push = Push(task, forget)
+    again = watch.again = Replay(task, replay) if replay and task.earlier else None
     step = 0
-
-    def push(pushed: list[int], size: int) -> None:
-        if pushed:
-            with task.autocast():
-                loss = forget(task.model, collate(records, pushed, device=device))
-                backward(loss * (len(pushed) / size), step, "forget")
-
     task.model.eval()
-    while step < pace.steps and not (met and step >= pace.decay_steps):
+    while step < pace.steps and not (watch.met and step >= pace.decay_steps):
         task.progress("steps", step, max(pace.decay_steps, step) or pace.steps)
         if keep is not None:
             with task.autocast():
                 backward(keep(step), step, "keeping")
-        if not (met and rest):
-            drawn = next(batches)
-            pushed = [i for i in drawn if not (rest and at_target[i])]
-            push(pushed, pace.batch_size)
-            spent += len(pushed)
+        if not (watch.met and rest):
+            push([i for i in next(batches) if not (rest and watch.at_target[i])], pace.batch_size, step)
         if again is not None:
-            pushed = again(step)
-            push(pushed, replay)
-            spent += len(pushed)
+            push(again(step), replay, step)
         if adversary is not None:
             adversary(step)
-        average_gradients_(trained)
-        if pace.clip is not None:
-            clip_grad_norm_(trained, pace.clip)
-        if before_step is not None:
-            before_step(step)
-        for group in stepper.param_groups:
-            group["lr"] = pace.rate(step)
-        stepper.step()
+        _update(stepper, trained, pace, step, before_step)
         task.model.zero_grad(set_to_none=True)
         step += 1
-        if step % pace.check_every == 0 or step == pace.steps:
-            now, scores = task.measure_stored()
-            history.append(now.row(step))
-            worst = now
-            if again is not None:
-                if step % earlier_every == 0 or step >= min(pace.decay_steps, pace.steps):
-                    again.measure()
-                worst = now.worst(again.now)
-            met, at_target = task.stop.met(worst), task.stop.met_by(scores)
-            if on_measure is not None:
-                on_measure(step, worst)
+        worst = watch(step)
+        if worst is not None and on_measure is not None:
+            on_measure(step, worst)
     task.round_weights()
     task.progress("steps", step, step)
-    passes = sum(other.passes for other in (keep, adversary) if other is not None)
-    return Outcome(task.stop.met(now), history, {}, spent + passes)
+    passes = sum(part.passes for part in (keep, push, adversary) if part is not None)
+    return Outcome(task.stop.met(watch.now), watch.history, {}, passes)
+
+
+def _update(
+    stepper: Optimizer,
+    trained: list[nn.Parameter],
+    pace: Pace,
+    step: int,
+    before_step: Callable[[int], None] | None,
+) -> None:
+    """Average the gradients over processes, clip them, show them, and take the optimizer's step."""
+    average_gradients_(trained)
+    if pace.clip is not None:
+        clip_grad_norm_(trained, pace.clip)
+    if before_step is not None:
+        before_step(step)
+    for group in stepper.param_groups:
+        group["lr"] = pace.rate(step)
+    stepper.step()
