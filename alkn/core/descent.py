@@ -267,7 +267,7 @@ def descend(
     step = 0
     task.model.eval()
     while step < pace.steps and not (watch.met and step >= pace.decay_steps):
-        task.progress("steps", step, max(pace.decay_steps, step) or pace.steps)
+        task.progress("steps", step, max(pace.decay_steps or pace.steps, step))
         if keep is not None:
             with task.autocast():
                 backward(keep(step), step, "keeping")

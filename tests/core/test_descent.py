@@ -168,3 +168,17 @@ def test_what_is_forgotten_already_is_not_replayed_for(memorised: Any, make_exam
     """A request that needs no step takes none, whatever the earlier ones say; the gate judges those."""
     task = with_earlier(memorised, make_examples, stop=StopRule(1.0, 1.0))
     assert descend(task, PACE, forget=ascent, keep=None, replay=2).passes == 0
+
+
+@pytest.mark.parametrize(
+    ("decay_steps", "expected"), [(0, [4, 4, 4, 4, 4]), (2, [2, 2, 2, 3, 4]), (4, [4, 4, 4, 4, 4])]
+)
+def test_a_bar_shows_what_is_left(decay_steps: int, expected: list[int], memorised: Any) -> None:
+    """Of four steps: without a schedule all that there may be; beyond one's end, what there was."""
+    told: list[tuple[int, int]] = []
+    task = Task(
+        memorised.model(), memorised.forget, memorised.retain, StopRule(0.0, 0.0), seed=0,
+        progress=lambda _, done, total: told.append((done, total)),
+    )  # fmt: skip
+    descend(task, replace(PACE, lr=1e-9, steps=4, decay_steps=decay_steps), forget=ascent, keep=None)
+    assert told == [(step, total) for step, total in enumerate(expected)]
