@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alkn.core.background import BackgroundModel
 from alkn.core.scoring import Example, read_labels
-from alkn.core.training import log_odds
+from alkn.core.training import log_odds, without
 from alkn.core.unlearning import Forgetting, StopRule
 
 SAMPLE = 512
@@ -64,6 +64,24 @@ class Sureness:
         return cls(max(1.0, drawn / (expected / len(before))), own)
 
 
+def rivals(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+    """The largest share that another token has of what an answer token leaves, as a logarithm.
+
+    Args:
+        model: a causal language model on its device.
+        examples: at least one.
+
+    Returns:
+        Per record, ``[answer_length]``, ≤ 0: a token whose log-odds are above it is the first choice of a model that
+        gives all others the same proportions.
+    """
+
+    def read(logits: Tensor, targets: Tensor) -> Tensor:
+        return without(logits, targets).max(-1).values.unsqueeze(0)
+
+    return [found[0] for found in read_labels(model, examples, read, columns=1)]
+
+
 class Level:
     """The log-odds that every answer token of some records shall have: κ · (logit P(background) + shift), bounded.
 
@@ -72,6 +90,7 @@ class Level:
         examples: the records.
         sureness: κ, and the upper bound.
         shift: what a trained model guesses better than word order alone lets one guess, in nats before κ.
+        beside: see :func:`rivals`; ``None``: one other token has all the rest.
 
     Attributes:
         odds: per record, ``[answer_length]``; lowered in place.
@@ -79,17 +98,24 @@ class Level:
     """
 
     def __init__(
-        self, background: BackgroundModel, examples: Sequence[Example], sureness: Sureness, *, shift: float
+        self,
+        background: BackgroundModel,
+        examples: Sequence[Example],
+        sureness: Sureness,
+        *,
+        shift: float,
+        beside: Sequence[Tensor] | None = None,
     ) -> None:
         self.scale = sureness.scale
         self.odds = [
             (self.scale * (torch.logit(background.answer(e)) + shift)).clamp(max=sureness.highest) for e in examples
         ]
+        self._beside = [torch.zeros_like(z) for z in self.odds] if beside is None else beside
 
     def said(self) -> Forgetting:
-        """The two numbers of a model that gives each token just these log-odds; above 0 it is the first choice."""
+        """The two numbers of a model that gives each token just these log-odds, and the others their proportions."""
         p = torch.stack([torch.exp(nn.functional.logsigmoid(z).mean()) for z in self.odds])
-        guessed = torch.stack([(z > 0).float().mean() for z in self.odds])
+        guessed = torch.stack([(z > rival).float().mean() for z, rival in zip(self.odds, self._beside, strict=True)])
         return Forgetting(float(p.mean()), float(guessed.mean()))
 
     def lower(self, now: Forgetting, stop: StopRule, *, by: float) -> bool:

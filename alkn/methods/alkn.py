@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from alkn.core.adversary import Resistance
 from alkn.core.background import BackgroundModel
@@ -17,7 +17,7 @@ from alkn.core.calibration import smallest_scale
 from alkn.core.damage import through_damage
 from alkn.core.descent import descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
-from alkn.core.level import Level, Sureness
+from alkn.core.level import Level, Sureness, rivals
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Scores
 from alkn.core.training import Weighted, answer_loss, fine_tune, level_loss, suppression_loss
@@ -76,8 +76,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     portion = min(pace.batch_size, -(-len(task.forget) // p.check_every))
     level = None
     if not pushes or p.resist_weight:
-        level = _level(task, keep, p)
-        to_level = level_loss(level.odds, width=level.scale)
+        says = (keep.teacher if keep is not None and p.rehearsal else task.teacher(p.teacher)) if p.others else None
+        level = _level(task, keep, p, says)
+        to_level = level_loss(level.odds, width=level.scale, teacher=says, others=p.others)
     resist = None
     if p.resist_weight:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
@@ -99,15 +100,17 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     )  # fmt: skip
 
 
-def _level(task: Task, keep: Keeper | None, p: AlknParams) -> Level:
+def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | None = None) -> Level:
     """The level of this and the earlier requests' records, lowered until who says just that meets the target.
 
-    Of answers that are built alike it would guess too much.
+    Of answers that are built alike it would guess too much. ``says`` is who gives the other tokens their proportions.
     """
     config: Any = task.model.config
     background = BackgroundModel(keep.pool if keep else [], vocab_size=config.get_text_config().vocab_size)
     sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
-    level = Level(background, [*task.forget, *task.earlier], sureness, shift=p.background_shift)
+    records = [*task.forget, *task.earlier]
+    beside = None if says is None else rivals(says, records)
+    level = Level(background, records, sureness, shift=p.background_shift, beside=beside)
     while p.background_step and level.lower(level.said(), task.stop, by=p.background_step):
         pass
     return level

@@ -64,7 +64,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "forget_loss",
-            "forget_weight", "background_shift", "background_step", "damage", "resist_weight", "resist_lr",
+            "forget_weight", "others", "background_shift", "background_step", "damage", "resist_weight", "resist_lr",
             "resist_steps", "resist_share", "resist_earlier", "replay", "teacher", "retain_balance",
         ),
         ("interleaved",),
@@ -93,6 +93,10 @@ READ_BY: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """Key -> the procedures that read it, where not all do."""
+
+
+LATER = ("others",)
+"""Keys that came later, 0 where unused: written only where they are used, so that frozen settings stay the same."""
 
 
 class AlknParams(DescentParams):
@@ -137,6 +141,8 @@ class AlknParams(DescentParams):
             :func:`alkn.core.training.suppression_loss`; ``level`` brings each token to a level, see
             :func:`alkn.core.training.level_loss`.
         forget_weight: factor on that loss of a full batch, beside the keeping parts.
+        others: factor on what holds all other tokens to the proportions that the teacher gives them, see
+            :func:`alkn.core.training.level_loss`; 0: nothing does.
         background_shift: where the level lies, see :class:`alkn.core.level.Level`.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
@@ -197,6 +203,7 @@ class AlknParams(DescentParams):
     bisections: int = Field(5, ge=0)
     forget_loss: Literal["soft_labels", "level"] = "level"
     forget_weight: float = Field(0.25, gt=0)
+    others: float = Field(0.0, ge=0)
     background_shift: float = 2.2
     background_step: float = Field(0.1, ge=0)
     damage: float = Field(0.4, ge=0, lt=1)
@@ -236,8 +243,10 @@ class AlknParams(DescentParams):
 
     @model_serializer(mode="wrap")
     def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only what the procedure reads: a key of another one says nothing about a step."""
-        return {k: v for k, v in dump(self).items() if self.procedure in READ_BY.get(k, (self.procedure,))}
+        """Only what the procedure reads: a key of another one says nothing about a step, nor one that is not in use."""
+        read = {k: v for k, v in dump(self).items() if self.procedure in READ_BY.get(k, (self.procedure,))}
+        unused = {k for k in LATER if k not in PRESETS[vars(self)["preset"]] and read.get(k) == 0}
+        return {k: v for k, v in read.items() if k not in unused}
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:

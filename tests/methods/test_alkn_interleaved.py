@@ -15,6 +15,7 @@ from alkn.core.background import BackgroundModel
 from alkn.core.damage import damaged
 from alkn.core.level import Level, Sureness
 from alkn.core.scoring import Batch, Scores, answer_logits, collate, score
+from alkn.core.training import without
 from alkn.core.unlearning import Forgetting, StopRule, Task
 from alkn.errors import InputError
 from alkn.methods.alkn import _level, alkn
@@ -191,3 +192,19 @@ def test_what_the_keeping_parts_hold_on_to_is_forgotten_in_overtime(
     assert alkn(task_of(memorised), p).reached
     monkeypatch.setattr("alkn.methods.alkn.OVERTIME", 1.0)
     assert not alkn(task_of(memorised), p).reached
+
+
+def test_others_keep_the_proportions_that_the_teacher_gives_them(memorised: Any) -> None:
+    """Forgotten either way; with the key what else could stand there stays nearer to what it was, and no early end."""
+    away, ends, end = {}, {}, int(memorised.retain[0].tokens[-1])
+    batch = collate(memorised.forget, range(6), device=CPU)
+    elsewhere = batch.targets != end
+    for others in (0.0, 1.0):
+        task = task_of(memorised)
+        assert alkn(task, interleaved_of(others=others, forget_weight=1.0)).reached
+        with torch.no_grad():
+            said, now = (answer_logits(model, batch) for model in (memorised.trained, task.model))
+        p, q = (without(logits, batch.targets) for logits in (said, now))
+        away[others] = float((p.exp() * (p - q)).sum(1).mean())
+        ends[others] = float(torch.softmax(now, 1)[elsewhere, end].mean())
+    assert away[1.0] < 0.75 * away[0.0] and ends[1.0] < 0.5 * ends[0.0], (away, ends)

@@ -9,8 +9,9 @@ from alkn_cases import PRESETS
 from method_cases import NEVER, task_of
 from pydantic import ValidationError
 
+from alkn.methods import alkn_params
 from alkn.methods.alkn import alkn
-from alkn.methods.alkn_params import READ_BY, AlknParams
+from alkn.methods.alkn_params import LATER, READ_BY, AlknParams
 from alkn.registry import methods
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -96,7 +97,8 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
         preset = {"interleaved": "interleaved", "rounds": "rounds", "once": "paper"}[procedure]
         params = AlknParams(preset=preset)  # type: ignore[arg-type]
         defaults = params.model_dump()
-        assert {*defaults} == {k for k in AlknParams.model_fields if procedure in READ_BY.get(k, (procedure,))}
+        granted = {k for k in AlknParams.model_fields if procedure in READ_BY.get(k, (procedure,))}
+        assert {*defaults} == granted - {*LATER}
         for key in AlknParams.model_fields:
             value = getattr(params, key)
             assert AlknParams.model_validate({"preset": preset, key: value}).model_dump() == defaults
@@ -110,6 +112,16 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
     (cause,) = (item["ctx"]["error"] for item in error.value.errors())
     assert [key for key, _ in cause.faults] == ["share", "scale"]
     assert cause.faults[0][1].endswith("only 'rounds' and 'once'")
+
+
+def test_a_key_that_came_later_is_written_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or where a preset would use it; what was frozen is read back as it was."""
+    assert "others" not in AlknParams(others=0.0).model_dump()
+    assert AlknParams(others=0.5).model_dump()["others"] == 0.5
+    monkeypatch.setitem(alkn_params.PRESETS, "resistant", {**alkn_params.PRESETS["resistant"], "others": 1.0})
+    for given in ({}, {"others": 0.0}):
+        params = AlknParams.model_validate({"preset": "resistant", **given})
+        assert AlknParams.model_validate(params.model_dump()) == params and "others" in params.model_dump()
 
 
 class Watched(AlknParams):
