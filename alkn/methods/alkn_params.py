@@ -256,6 +256,8 @@ class AlknParams(DescentParams):
             raise ValueError("procedure 'rounds' takes retain_gradient 'sample' or 'full'")
         if self.teacher == "origin" and not self.replay:
             raise ValueError("teacher 'origin' says again what was forgotten since: it needs a replay above 0")
+        if self.others and self.forget_loss != "level":
+            raise ValueError("others shares out what the level takes: it goes with forget_loss 'level'")
         if self.label_form == "log_odds" and self.label_midpoint == 1:
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         if self.ternary_share is not None and self.retain_momentum > 0:

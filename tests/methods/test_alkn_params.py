@@ -71,6 +71,7 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
     [
         ({"procedure": "once", "label_form": "paper"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"preset": "derived", "criterion": "exact"}, "procedure 'once' masks gradients by criterion 'm'"),
+        ({"others": 1.0, "forget_loss": "soft_labels"}, "others shares out what the level takes"),
         ({"preset": "rounds", "retain_gradient": "paired"}, "takes retain_gradient 'sample' or 'full'"),
         ({"preset": "reference", "procedure": "rounds"}, "takes retain_gradient 'sample' or 'full'"),
         (
