@@ -53,9 +53,9 @@ def test_a_chain_whose_precision_changes(tiny_project: Callable[..., Project]) -
     method = {"name": "gradient_difference", "steps": 4, "check_every": 2, "lr": 3e-3}
     single = tiny_project("r001", "r002", method=method)
     mixed = tiny_project("r001", method=method)
-    half = tiny_project("r002", method=method, run={"threads": 1, "device": "cpu", "precision": "bf16"})
+    bf16 = tiny_project("r002", method=method, run={"threads": 1, "device": "cpu", "precision": "bf16"})
     mixed.step("r002").folder.mkdir(parents=True)
-    mixed.step("r002").params.write_bytes(half.step("r002").params.read_bytes())
+    mixed.step("r002").params.write_bytes(bf16.step("r002").params.read_bytes())
     models = {}
     for project in (single, mixed, mixed):
         make_step(project, "r001", previous="base", earlier=())
@@ -64,11 +64,11 @@ def test_a_chain_whose_precision_changes(tiny_project: Callable[..., Project]) -
         assert models.setdefault((project.root, 1), first) == first
         assert models.setdefault((project.root, 2), second) == second
     assert models[single.root, 1] == models[mixed.root, 1] and models[single.root, 2] != models[mixed.root, 2]
-    weights = load_file(mixed.step("r002").model / "model.safetensors")
-    assert {t.dtype for t in weights.values()} == {torch.float32}
-    full = load_file(single.step("r002").model / "model.safetensors")
-    away = torch.cat([(weights[name] - w).flatten() for name, w in full.items()])
-    moved = torch.cat(
-        [(w - load_file(single.step("r001").model / "model.safetensors")[name]).flatten() for name, w in full.items()]
+    before, full, half = (
+        load_file(project.step(name).model / "model.safetensors")
+        for project, name in ((single, "r001"), (single, "r002"), (mixed, "r002"))
     )
+    assert {t.dtype for t in half.values()} == {torch.float32}
+    away = torch.cat([(half[name] - w).flatten() for name, w in full.items()])
+    moved = torch.cat([(w - before[name]).flatten() for name, w in full.items()])
     assert float(away.norm()) < 0.3 * float(moved.norm()), "the same step but for rounding"

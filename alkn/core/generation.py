@@ -79,8 +79,10 @@ def at_once(model: nn.Module, memory: int | None) -> tuple[int, int]:
         model: who writes.
         memory: bytes that the GPU has in all; ``None`` on a CPU.
     """
+    if memory is None:
+        return BATCH
     a_token = cache_bytes(model)
-    if memory is None or a_token is None:
+    if a_token is None:
         return BATCH
     return int(min(GPU_CACHE, memory * GPU_SHARE)) // a_token, GPU_PROMPTS
 

@@ -76,7 +76,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     portion = min(pace.batch_size, -(-len(task.forget) // p.check_every))
     level = None
     if not pushes or p.resist_weight:
-        says = (keep.teacher if keep is not None and p.rehearsal else task.teacher(p.teacher)) if p.others else None
+        says = None
+        if p.others:
+            says = keep.teacher if keep is not None and p.rehearsal else task.teacher(p.teacher)
         level = _level(task, keep, p, says)
         to_level = level_loss(level.odds, width=level.scale, teacher=says, others=p.others)
     resist = None

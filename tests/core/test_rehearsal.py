@@ -104,10 +104,10 @@ def test_a_token_itself_does_not_move_the_others(make_model: Any, make_examples:
     for by in (-80.0, 3.0, 80.0):
         moved = logits.clone()
         moved[places, batch.targets] += by
-        for a, b in ((without(logits, batch.targets), without(moved, batch.targets)),):
-            torch.testing.assert_close(a, b)
-            torch.testing.assert_close(a.exp().sum(1), torch.ones(len(places)))
-            assert bool((a.exp()[places, batch.targets] == 0).all())
+        before, after = without(logits, batch.targets), without(moved, batch.targets)
+        torch.testing.assert_close(before, after)
+        torch.testing.assert_close(before.exp().sum(1), torch.ones(len(places)))
+        assert bool((before.exp()[places, batch.targets] == 0).all())
 
 
 def test_slope_of_the_level_loss(make_model: Any, make_examples: Any) -> None:
