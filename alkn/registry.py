@@ -11,17 +11,31 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
 from alkn.errors import InputError
 
 
 class Params(BaseModel):
-    """Base of every registered entry's parameters: frozen, numbers finite, and unknown keys are errors."""
+    """Base of every part of the settings: frozen, numbers finite, and unknown keys are errors.
+
+    Attributes:
+        later: keys that came after settings had been frozen: written only where they are used, so that those stay the
+            same.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    later: ClassVar[tuple[str, ...]] = ()
+
+    def is_written(self, key: str) -> bool:
+        """Whether a dump of these parameters has the key."""
+        return key not in self.later or getattr(self, key) != type(self).model_fields[key].get_default()
+
+    @model_serializer(mode="wrap")
+    def _what_is_written(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if self.is_written(key)}
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
-    SerializerFunctionWrapHandler,
     ValidationError,
     WithJsonSchema,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
@@ -98,7 +96,6 @@ Metric = Annotated[
     choose(registry.metrics, ChosenMetric),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
 ]
-LATER = ("references", "texts", "earlier_records", "confidence")
 
 
 class Evaluation(Params):
@@ -114,6 +111,7 @@ class Evaluation(Params):
         confidence: of the interval that goes with every mean over a sample.
     """
 
+    later: ClassVar = ("references", "texts", "earlier_records", "confidence")
     metrics: tuple[Metric, ...] = Field(
         default=(
             "probability",
@@ -155,17 +153,6 @@ class Evaluation(Params):
         if twice:
             raise ValueError(f"expected each metric once; named twice: {', '.join(twice)}")
         return chosen
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Keys that came later are written only where they are used: settings that were frozen stay the same."""
-        values: dict[str, Any] = handler(self)
-        fields = type(self).model_fields
-        return {
-            key: value
-            for key, value in values.items()
-            if key not in LATER or getattr(self, key) != fields[key].get_default()
-        }
 
 
 class Verification(Params):

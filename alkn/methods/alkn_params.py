@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 from torch import Generator, Tensor
 
 from alkn.core.gradient_mask import (
@@ -95,10 +95,6 @@ READ_BY: dict[str, tuple[str, ...]] = {
 """Key -> the procedures that read it, where not all do."""
 
 
-LATER = ("others",)
-"""Keys that came later, 0 where unused: written only where they are used, so that frozen settings stay the same."""
-
-
 class AlknParams(DescentParams):
     """Settings of ALKN; ``preset`` fills in what is not given.
 
@@ -167,6 +163,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
+    later: ClassVar = ("others",)
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -241,12 +238,10 @@ class AlknParams(DescentParams):
             raise WrongKeys(unread)
         return {**preset, **given}
 
-    @model_serializer(mode="wrap")
-    def _what_is_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only what the procedure reads: a key of another one says nothing about a step, nor one that is not in use."""
-        read = {k: v for k, v in dump(self).items() if self.procedure in READ_BY.get(k, (self.procedure,))}
-        unused = {k for k in LATER if k not in PRESETS[vars(self)["preset"]] and read.get(k) == 0}
-        return {k: v for k, v in read.items() if k not in unused}
+    def is_written(self, key: str) -> bool:
+        """Whether a dump has the key: what the procedure does not read says nothing about a step."""
+        read = self.procedure in READ_BY.get(key, (self.procedure,))
+        return read and (super().is_written(key) or key in PRESETS[self.preset])
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:

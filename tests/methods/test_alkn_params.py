@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from alkn.methods import alkn_params
 from alkn.methods.alkn import alkn
-from alkn.methods.alkn_params import LATER, READ_BY, AlknParams
+from alkn.methods.alkn_params import READ_BY, AlknParams
 from alkn.registry import methods
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -99,7 +99,7 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
         params = AlknParams(preset=preset)  # type: ignore[arg-type]
         defaults = params.model_dump()
         granted = {k for k in AlknParams.model_fields if procedure in READ_BY.get(k, (procedure,))}
-        assert {*defaults} == granted - {*LATER}
+        assert {*defaults} == granted - {*AlknParams.later}
         for key in AlknParams.model_fields:
             value = getattr(params, key)
             assert AlknParams.model_validate({"preset": preset, key: value}).model_dump() == defaults
