@@ -55,15 +55,38 @@ class Pace:
             return self.lr
         return self.lr * max(self.lr_floor, 1 - step / self.decay_steps)
 
+    def portion(self, records: int) -> int:
+        """Forget records a step if an epoch of so many is to take at least as long as a measurement."""
+        return min(self.batch_size, -(-records // self.check_every))
+
 
 class Keep(Protocol):
     """The part of a loss that holds on to what must stay; counts the record passes it spends."""
 
-    passes: int
+    @property
+    def passes(self) -> int:
+        """Record passes spent so far."""
+        ...
 
     def __call__(self, step: int) -> Tensor:
         """The keeping loss of one step, 0-d."""
         ...
+
+
+class Together:
+    """Keeping losses as one: their sum."""
+
+    def __init__(self, *parts: Keep) -> None:
+        self._parts = parts
+
+    @property
+    def passes(self) -> int:
+        """Record passes that all of them spent."""
+        return sum(part.passes for part in self._parts)
+
+    def __call__(self, step: int) -> Tensor:
+        """The sum of the losses of ``step``, 0-d."""
+        return torch.stack([part(step) for part in self._parts]).sum()
 
 
 class RetainTerm:

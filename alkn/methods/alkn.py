@@ -12,15 +12,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from alkn.core.adversary import Resistance
+from alkn.core.alternatives import AlternativeTerm
 from alkn.core.background import BackgroundModel
 from alkn.core.calibration import smallest_scale
 from alkn.core.damage import through_damage
-from alkn.core.descent import descend
+from alkn.core.descent import Keep, Together, descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
 from alkn.core.level import Level, Sureness, rivals
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Scores
-from alkn.core.training import Weighted, answer_loss, fine_tune, level_loss, suppression_loss
+from alkn.core.training import Weighted, answer_loss, fine_tune, suppression_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
@@ -72,15 +73,13 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
     pace = p.pace()
-    # In every step and with all the weight, the few records of a small request take what resembles them along.
-    portion = min(pace.batch_size, -(-len(task.forget) // p.check_every))
     level = None
     if not pushes or p.resist_weight:
         says = None
         if p.others:
             says = keep.teacher if keep is not None and p.rehearsal else task.teacher(p.teacher)
         level = _level(task, keep, p, says)
-        to_level = level_loss(level.odds, width=level.scale, teacher=says, others=p.others)
+        to_level = level.loss(says, others=p.others)
     resist = None
     if p.resist_weight:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
@@ -96,10 +95,23 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             forget.weight *= OVERTIME
 
     lowering = None if pushes else lower
+    # In every step and with all the weight, the few records of a small request take what resembles them along.
     return descend(
-        task, pace, forget=forget, keep=keep, on_measure=lowering, rest=pushes, resist=resist, replay=p.replay,
-        portion=portion,
+        task, pace, forget=forget, keep=_with_alternatives(task, keep, p), on_measure=lowering, rest=pushes,
+        resist=resist, replay=p.replay, portion=pace.portion(len(task.forget)),
     )  # fmt: skip
+
+
+def _with_alternatives(task: Task, keep: Keeper | None, p: AlknParams) -> Keep | None:
+    """What keeps, and beside it what shall be said instead, where there is such a thing; in no-retain mode nothing."""
+    if keep is None or not p.alternatives:
+        return keep
+    pace, count = p.pace(), p.alternatives
+    instead = AlternativeTerm(
+        task, portion=lambda records: -(-count * pace.portion(records) // pace.batch_size), batch_size=count,
+        weight=p.alternative_weight,
+    )  # fmt: skip
+    return Together(keep, instead) if instead else keep
 
 
 def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | None = None) -> Level:
@@ -112,7 +124,8 @@ def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | Non
     sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
     records = [*task.forget, *task.earlier]
     beside = None if says is None else rivals(says, records)
-    level = Level(background, records, sureness, shift=p.background_shift, beside=beside)
+    end = task.end if p.alternatives else None
+    level = Level(background, records, sureness, shift=p.background_shift, beside=beside, end=end)
     while p.background_step and level.lower(level.said(), task.stop, by=p.background_step):
         pass
     return level

@@ -64,8 +64,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "forget_loss",
-            "forget_weight", "others", "background_shift", "background_step", "damage", "resist_weight", "resist_lr",
-            "resist_steps", "resist_share", "resist_earlier", "replay", "teacher", "retain_balance",
+            "forget_weight", "others", "alternatives", "alternative_weight", "background_shift", "background_step",
+            "damage", "resist_weight", "resist_lr", "resist_steps", "resist_share", "resist_earlier", "replay",
+            "teacher", "retain_balance",
         ),
         ("interleaved",),
     ),
@@ -139,6 +140,9 @@ class AlknParams(DescentParams):
         forget_weight: factor on that loss of a full batch, beside the keeping parts.
         others: factor on what holds all other tokens to the proportions that the teacher gives them, see
             :func:`alkn.core.training.level_loss`; 0: nothing does.
+        alternatives: interleaved: alternative answers in a step, of the request and as many of earlier ones, see
+            :func:`alkn.core.alternatives.alternatives`; 0: none.
+        alternative_weight: factor on the cross-entropy on them.
         background_shift: where the level lies, see :class:`alkn.core.level.Level`.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
@@ -163,7 +167,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others",)
+    later: ClassVar = ("others", "alternatives", "alternative_weight")
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -201,6 +205,8 @@ class AlknParams(DescentParams):
     forget_loss: Literal["soft_labels", "level"] = "level"
     forget_weight: float = Field(0.25, gt=0)
     others: float = Field(0.0, ge=0)
+    alternatives: int = Field(0, ge=0)
+    alternative_weight: float = Field(0.25, gt=0)
     background_shift: float = 2.2
     background_step: float = Field(0.1, ge=0)
     damage: float = Field(0.4, ge=0, lt=1)

@@ -11,8 +11,10 @@ from method_cases import CPU, NEVER, STOP, forgetting_of, p_of, task_of
 from randomness import seeded
 from scipy.special import expit
 
+from alkn.core.alternatives import alternatives
 from alkn.core.background import BackgroundModel
 from alkn.core.damage import damaged
+from alkn.core.generation import greedy
 from alkn.core.level import Level, Sureness
 from alkn.core.scoring import Batch, Scores, answer_logits, collate, score
 from alkn.core.training import without
@@ -36,11 +38,11 @@ def test_interleaved_meets_the_target_and_keeps_the_retain_set(memorised: Any, f
 
 
 def test_interleaved_reports_a_target_out_of_reach(memorised: Any) -> None:
-    """All steps are taken; each passes two forget records, six retain and six written ones, all finite."""
+    """All steps are taken; each passes two forget records, an alternative, six retain and six written ones."""
     task = task_of(memorised, stop=NEVER)
     outcome = alkn(task, interleaved_of(steps=20))
     assert not outcome.reached and [row["round"] for row in outcome.history] == [0, 5, 10, 15, 20]
-    assert 0 < outcome.passes - 20 * (2 + 6 + 6) <= 12
+    assert 0 < outcome.passes - 20 * (2 + 1 + 6 + 6) <= 12
     assert all(bool(torch.isfinite(w).all()) for w in task.weights().values())
 
 
@@ -75,7 +77,7 @@ def test_a_record_of_a_small_request_pulls_as_hard_as_any(memorised: Any) -> Non
 def test_interleaved_without_rehearsal(memorised: Any) -> None:
     """Then nothing is written, and only retain records keep."""
     task = task_of(memorised, stop=NEVER)
-    assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (2 + 6)
+    assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (2 + 1 + 6)
 
 
 def test_interleaved_without_retain_records(memorised: Any) -> None:
@@ -179,7 +181,7 @@ def test_a_level_at_the_target_is_left_alone(memorised: Any) -> None:
 
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
     """A level at which everything stays known: lowered, the records end forgotten; else not."""
-    high = {"background_shift": 1e3, "steps": 120}
+    high = {"background_shift": 1e3, "steps": 120, "alternatives": 0}
     reached = {by: alkn(task_of(memorised), interleaved_of(**high, background_step=by)).reached for by in (0.0, 0.7)}
     assert reached == {0.0: False, 0.7: True}
 
@@ -208,3 +210,29 @@ def test_others_keep_the_proportions_that_the_teacher_gives_them(memorised: Any)
         away[others] = float((p.exp() * (p - q)).sum(1).mean())
         ends[others] = float(torch.softmax(now, 1)[elsewhere, end].mean())
     assert away[1.0] < 0.75 * away[0.0] and ends[1.0] < 0.5 * ends[0.0], (away, ends)
+
+
+def test_alternatives_are_what_is_said_instead(memorised: Any) -> None:
+    """Forgotten either way; with the key each question is answered with the answer of the nearest kept one."""
+    config: Any = memorised.trained.config
+    wanted = alternatives(memorised.forget, memorised.retain, vocab_size=config.vocab_size)
+    prompts = [example.tokens[: example.answer_start] for example in memorised.forget]
+    said = {}
+    for count in (0, 6):
+        task = task_of(memorised)
+        outcome = alkn(task, interleaved_of(alternatives=count, alternative_weight=1.0))
+        assert outcome.reached and p_of(task.model, memorised.retain) > 0.9
+        answers = greedy(task.model, prompts, eos=int(memorised.retain[0].tokens[-1]), max_new_tokens=8)
+        said[count] = sum(
+            one is not None and one.tokens[one.answer_start : -1].tolist() == answer
+            for one, answer in zip(wanted, answers, strict=True)
+        )
+    assert said[6] == len(prompts) > said[0], said
+
+
+def test_alternatives_are_counted_and_need_no_written_records(memorised: Any) -> None:
+    """Two of 16 forget records in a step, so an eighth of the alternatives, and as many of the earlier request's."""
+    task = task_of(memorised, stop=NEVER, earlier=memorised.second)
+    p = interleaved_of(steps=20, rehearsal=0, alternatives=24, lr=1e-9, replay=1, teacher="parent")
+    few = -(-24 * 2 // 16)
+    assert alkn(task, p).passes == 20 * (2 + 6 + few + few + 1)
