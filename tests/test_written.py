@@ -121,6 +121,19 @@ def test_repetition_by_counting(encoder: Encoder, model: Any) -> None:
     assert measure("repetition", told(encoder, model, ["", "", ""])).parts["distinct"].value is None
 
 
+def test_who_is_stuck_in_a_syllable_repeats_tokens(encoder: Encoder, model: Any) -> None:
+    """One word of forty letters has no group of words, but few different groups of tokens; counted by hand."""
+    said = ["z" * 40, "red cat and dog", ""]
+    result = measure("repetition", told(encoder, model, said))
+    assert result.value == 0.0
+    shares = []
+    for tokens in map(encoder.encode, said):
+        groups = {(i, *tokens[i : i + 4]) for i in range(len(tokens) - 3)}
+        shares.append(1 - len({group[1:] for group in groups}) / len(groups) if groups else 0.0)
+    assert shares[0] > 0.5 > shares[1] == shares[2] == 0.0
+    assert list(result.parts["tokens"].per_record.values()) == pytest.approx(shares)
+
+
 def test_gibberish_against_an_own_bigram_table(encoder: Encoder, model: Any) -> None:
     """Witten-Bell by hand over the retain answers; the language of the answers is less surprising than noise."""
     rows = [{"id": i, "question": "what?", "answer": text} for i, text in enumerate([*TRUTHS, "in the house"])]
