@@ -23,9 +23,9 @@ class RepetitionParams(Params):
 def repetition(probe: Probe, params: RepetitionParams) -> Measured:
     """Share of an answer's groups of n words that it has said before, in [0, 1]; of greedy answers.
 
-    Parts: ``tokens``, the same of groups of n tokens: who is stuck in one syllable says a single long word; ``distinct``,
-    the different single words of all answers over all their words; and ``empty``, the share of answers without a word.
-    An answer of fewer than n words repeats nothing.
+    Parts: ``tokens``, the same of groups of n tokens, for who is stuck in a syllable says a single long word;
+    ``distinct``, the different single words of all answers over all their words; and ``empty``, the share of answers
+    without a word. An answer of fewer than n words repeats nothing.
     """
     answers, written = probe.generations, probe.written
     if answers is None or written is None:
