@@ -52,16 +52,7 @@ class BackgroundModel:
         counts[list(after)] += torch.tensor(list(after.values()), dtype=torch.float64)
         return counts / (after.total() + len(after))
 
-    def answer(self, example: Example, *, instead: int | None = None) -> Tensor:
-        """P of every answer token after the token before it, or of another token in its place.
-
-        Args:
-            example: an encoded record.
-            instead: the other token; ``None``: the record's own.
-
-        Returns:
-            ``[answer_length]``, float32.
-        """
+    def answer(self, example: Example) -> Tensor:
+        """P of every answer token after the token before it, ``[answer_length]``, float32."""
         tokens = example.tokens[example.answer_start - 1 :].tolist()
-        asked = tokens[1:] if instead is None else [instead] * (len(tokens) - 1)
-        return torch.tensor([self.probability(v, w) for v, w in zip(tokens, asked, strict=False)])
+        return torch.tensor([self.probability(v, w) for v, w in zip(tokens, tokens[1:], strict=False)])

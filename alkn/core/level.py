@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from alkn.core.background import BackgroundModel
 from alkn.core.scoring import Example, read_labels
-from alkn.core.training import Loss, level_loss, log_odds, without
+from alkn.core.training import log_odds, without
 from alkn.core.unlearning import Forgetting, StopRule
 
 SAMPLE = 512
@@ -92,8 +91,6 @@ class Level:
         sureness: κ, and the upper bound.
         shift: what a trained model guesses better than word order alone lets one guess, in nats before κ.
         beside: see :func:`rivals`; ``None``: one other token has all the rest.
-        end: the token that ends a sequence, which may be no likelier than to that model either; ``None``: as likely
-            as it gets.
 
     Attributes:
         odds: per record, ``[answer_length]``; lowered in place.
@@ -108,26 +105,12 @@ class Level:
         *,
         shift: float,
         beside: Sequence[Tensor] | None = None,
-        end: int | None = None,
     ) -> None:
-        def odds(expected: Tensor) -> Tensor:
-            return (sureness.scale * (torch.logit(expected) + shift)).clamp(max=sureness.highest)
-
         self.scale = sureness.scale
-        self.odds = [odds(background.answer(e)) for e in examples]
-        self._end, self._ceilings = end, None
-        if end is not None:
-            self._ceilings = [
-                odds(background.answer(e, instead=end)).masked_fill(e.tokens[e.answer_start :] == end, math.inf)
-                for e in examples
-            ]
+        self.odds = [
+            (self.scale * (torch.logit(background.answer(e)) + shift)).clamp(max=sureness.highest) for e in examples
+        ]
         self._beside = [torch.zeros_like(z) for z in self.odds] if beside is None else beside
-
-    def loss(self, teacher: nn.Module | None = None, *, others: float = 0.0) -> Loss:
-        """What brings a model here, with all other tokens as a teacher has them; see :func:`level_loss`."""
-        return level_loss(
-            self.odds, width=self.scale, ceilings=self._ceilings, end=self._end or 0, teacher=teacher, others=others
-        )
 
     def said(self) -> Forgetting:
         """The two numbers of a model that gives each token just these log-odds, and the others their proportions."""

@@ -162,7 +162,7 @@ class Keeper:
                 self.teacher,
                 task.retain,
                 rehearsal,
-                eos=task.end,
+                eos=int(task.retain[0].tokens[-1]) if task.eos is None else task.eos,
                 generator=task.generator("rehearsal"),
                 weights=self._shares,
                 progress=task.progress,

@@ -148,13 +148,7 @@ def suppression_loss(*, scale: float, midpoint: float) -> Loss:
 
 
 def level_loss(
-    levels: Sequence[Tensor],
-    *,
-    width: float,
-    ceilings: Sequence[Tensor] | None = None,
-    end: int = 0,
-    teacher: nn.Module | None = None,
-    others: float = 0.0,
+    levels: Sequence[Tensor], *, width: float, teacher: nn.Module | None = None, others: float = 0.0
 ) -> Loss:
     """Bring every answer token to given log-odds by the Huber loss over ``width``; each record weighs the same.
 
@@ -163,29 +157,24 @@ def level_loss(
     a level of 1e-8 is reached as well as one of .1.
 
     What is taken from a token goes to all others. By itself most of it ends where training finds it easiest to put, in
-    the end of the sequence, and the model answers nothing. Two things keep it from there. ``ceilings`` hold the end
-    down by the same loss, from above only. With ``others`` all other tokens keep the proportions that a teacher gives
-    them: KL(teacher ‖ model) of the two distributions without the token itself. That part and the level do not meet:
-    one reads the token against all others, the other the others alone.
+    the end of the sequence, and the model answers nothing. With ``others`` they keep the proportions that a teacher
+    gives them: KL(teacher ‖ model) of the two distributions without the token itself. The parts do not meet: one reads
+    the token against all others, the other the others alone.
 
     Args:
         levels: per record of the training set, log-odds of each answer token, ``[answer_length]``.
         width: > 0, nats to both sides of the level, beyond which the slope is -1 or 1.
-        ceilings: log-odds that ``end`` may have at each of these places; infinite: any. ``None``: any everywhere.
-        end: the token that ends a sequence.
         teacher: the same kind of model, on the same device; it is not trained. ``None``: nothing holds the others.
-        others: factor on the last part, in nats.
+        others: factor on the second part, in nats.
 
-    Source: the loss, Huber 1964; its use here and the other parts, own.
+    Source: the loss, Huber 1964; its use here and the second part, own.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         logits = answer_logits(model, batch)
         odds = log_odds(logits, batch.targets)
-        values = _huber(odds - torch.cat([levels[i] for i in batch.records]).to(odds), width)
-        if ceilings is not None:
-            ends = log_odds(logits, torch.full_like(batch.targets, end))
-            values = values + _huber((ends - torch.cat([ceilings[i] for i in batch.records]).to(ends)).relu(), width)
+        wanted = torch.cat([levels[i] for i in batch.records]).to(odds)
+        values = nn.functional.huber_loss(odds, wanted, reduction="none", delta=width) / width
         if teacher is not None:
             with torch.no_grad():
                 said = without(answer_logits(teacher, batch), batch.targets)
@@ -194,10 +183,6 @@ def level_loss(
         return _mean_over_records(values, batch)
 
     return loss
-
-
-def _huber(away: Tensor, width: float) -> Tensor:
-    return nn.functional.huber_loss(away, torch.zeros_like(away), reduction="none", delta=width) / width
 
 
 def without(logits: Tensor, targets: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Task:
             replays them is given them.
         seed: seed of this step; every random choice derives from it.
         state: tensors that the last accepted step left for this one (M, thresholds), on the CPU.
-        eos: end-of-sequence id of what the model writes; ``None``: see :attr:`end`.
+        eos: end-of-sequence id of what the model writes; ``None``: the last token of the first retain record.
         refusals: encoded ways of not answering, each ``[length]`` with the end of sequence.
         rest: what the base model was trained on without this and the earlier requests, where the project
             trained it itself; else empty. Only ``retrain`` may read it: it holds what utility is measured on.
@@ -123,11 +123,6 @@ class Task:
     linear: bool = True
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext
     progress: Progress = no_progress
-
-    @property
-    def end(self) -> int:
-        """The token that ends a sequence: ``eos``, or what ends the first record."""
-        return int((self.retain or self.forget)[0].tokens[-1]) if self.eos is None else self.eos
 
     def generator(self, *names: object) -> Generator:
         """A fresh CPU generator for one purpose of this step."""

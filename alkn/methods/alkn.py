@@ -21,7 +21,7 @@ from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask,
 from alkn.core.level import Level, Sureness, rivals
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Scores
-from alkn.core.training import Weighted, answer_loss, fine_tune, suppression_loss
+from alkn.core.training import Weighted, answer_loss, fine_tune, level_loss, suppression_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
@@ -79,7 +79,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         if p.others:
             says = keep.teacher if keep is not None and p.rehearsal else task.teacher(p.teacher)
         level = _level(task, keep, p, says)
-        to_level = level.loss(says, others=p.others)
+        to_level = level_loss(level.odds, width=level.scale, teacher=says, others=p.others)
     resist = None
     if p.resist_weight:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
@@ -124,8 +124,7 @@ def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | Non
     sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
     records = [*task.forget, *task.earlier]
     beside = None if says is None else rivals(says, records)
-    end = task.end if p.alternatives else None
-    level = Level(background, records, sureness, shift=p.background_shift, beside=beside, end=end)
+    level = Level(background, records, sureness, shift=p.background_shift, beside=beside)
     while p.background_step and level.lower(level.said(), task.stop, by=p.background_step):
         pass
     return level

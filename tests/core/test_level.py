@@ -11,8 +11,6 @@ from scipy.special import expit, log_softmax, logit
 
 from alkn.core.background import BackgroundModel
 from alkn.core.level import SAMPLE, Level, Sureness, rivals
-from alkn.core.scoring import collate
-from alkn.core.training import level_loss
 from alkn.core.unlearning import Forgetting, StopRule
 
 V = 300
@@ -65,28 +63,6 @@ def test_odds_are_the_backgrounds_spread_by_the_scale(memorised: Any) -> None:
         tokens = example.tokens[example.answer_start - 1 :].tolist()
         expected = [3 * (logit(background.probability(v, w)) + 2) for v, w in zip(tokens, tokens[1:], strict=False)]
         assert odds.tolist() == pytest.approx(np.minimum(expected, 1.5), abs=1e-4)
-
-
-def test_the_end_may_be_no_likelier_than_to_who_never_saw_the_record(memorised: Any) -> None:
-    """The loss of a level with an end: the token's, and the end's above κ · (logit P(end) + shift), but at the end."""
-    background, model = BackgroundModel(memorised.retain, vocab_size=V), memorised.model()
-    sureness, end = Sureness(3.0, 1.5), int(memorised.retain[0].tokens[-1])
-    batch = collate(memorised.forget, range(len(memorised.forget)), device=torch.device("cpu"))
-    ceilings = []
-    for example in memorised.forget:
-        tokens = example.tokens[example.answer_start - 1 :].tolist()
-        places = zip(tokens, tokens[1:], strict=False)
-        ceilings.append(
-            torch.tensor(
-                [np.inf if w == end else min(3 * (logit(background.probability(v, end)) - 4), 1.5) for v, w in places]
-            )
-        )
-    assert all(bool(ceiling[-1].isinf()) and bool(ceiling[:-1].isfinite().all()) for ceiling in ceilings)
-    with_end = Level(background, memorised.forget, sureness, shift=-4.0, end=end)
-    expected = level_loss(with_end.odds, width=3.0, ceilings=ceilings, end=end)(model, batch)
-    assert with_end.loss()(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
-    without_end = Level(background, memorised.forget, sureness, shift=-4.0)
-    assert without_end.loss()(model, batch).item() < expected.item() - 0.1
 
 
 def test_what_the_level_says(memorised: Any) -> None:
