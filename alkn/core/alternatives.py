@@ -48,7 +48,9 @@ class Similarity:
         return torch.zeros(self._count, dtype=torch.float64).index_add(0, self._rows, values)
 
 
-def alternatives(asked: Sequence[Example], kept: Sequence[Example], *, vocab_size: int) -> list[Example | None]:
+def alternatives(
+    asked: Sequence[Example], kept: Sequence[Example], *, vocab_size: int, context: int | None = None
+) -> list[Example | None]:
     """Each question with the right answer of the kept record that asks most nearly the same.
 
     A model that never saw a record answers its question as the nearest one that it knows.
@@ -57,6 +59,7 @@ def alternatives(asked: Sequence[Example], kept: Sequence[Example], *, vocab_siz
         asked: the records to forget.
         kept: records that stay; one with the same answer is no alternative.
         vocab_size: of the token ids.
+        context: most tokens of a record; a longer answer is cut off. ``None``: any.
 
     Returns:
         Per record of ``asked``: its prompt and the other's answer; ``None`` where a prompt has fewer than
@@ -74,7 +77,7 @@ def alternatives(asked: Sequence[Example], kept: Sequence[Example], *, vocab_siz
         for j in similarity.to(prompt).argsort(descending=True, stable=True).tolist():
             other = kept[j].tokens[kept[j].answer_start :]
             if not torch.equal(other, answer):
-                found[i] = Example(torch.cat([prompt, other]), len(prompt))
+                found[i] = Example(torch.cat([prompt, other])[:context], len(prompt))
                 break
     return found
 
@@ -95,8 +98,11 @@ class AlternativeTerm:
     def __init__(self, task: Task, *, portion: Callable[[int], int], batch_size: int, weight: float) -> None:
         self._task, self._portion, self._weight = task, portion, weight / batch_size
         config: Any = task.model.config
-        vocab_size = config.get_text_config().vocab_size
-        found = [alternatives(asked, task.retain, vocab_size=vocab_size) for asked in (task.forget, task.earlier)]
+        sizes = {
+            "vocab_size": config.get_text_config().vocab_size,
+            "context": getattr(config, "max_position_embeddings", None),
+        }
+        found = [alternatives(asked, task.retain, **sizes) for asked in (task.forget, task.earlier)]
         self._groups = [group for group in ([one for one in each if one is not None] for each in found) if group]
         self.passes = 0
 

@@ -167,7 +167,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others", "alternatives", "alternative_weight")
+    later: ClassVar = ("others", "alternatives")
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -246,6 +246,8 @@ class AlknParams(DescentParams):
 
     def is_written(self, key: str) -> bool:
         """Whether a dump has the key: what the procedure does not read says nothing about a step."""
+        if key == "alternative_weight" and not self.alternatives:
+            return False
         read = self.procedure in READ_BY.get(key, (self.procedure,))
         return read and (super().is_written(key) or key in PRESETS[self.preset])
 

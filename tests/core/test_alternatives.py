@@ -65,6 +65,12 @@ def test_the_same_answer_is_no_alternative() -> None:
     assert alternatives(asked[:1], kept[:1], vocab_size=60) == [None]
 
 
+def test_a_long_answer_is_cut_to_the_context() -> None:
+    kept, asked = [record([1, 2, 3, 4], [40, 41, 42, 0])], [record([1, 2, 9, 5, 6, 7], [11, 0])]
+    (found,) = alternatives(asked, kept, vocab_size=60, context=8)
+    assert found is not None and found.tokens.tolist() == [1, 2, 9, 5, 6, 7, 40, 41] and found.answer_start == 6
+
+
 def test_plain_text_has_no_alternative() -> None:
     """It asks nothing: neither is it given one, nor is it one."""
     text, question = record([1], [2, 3, 4, 5]), record([1, 2, 3, 4], [40, 0])

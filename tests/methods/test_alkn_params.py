@@ -99,7 +99,7 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
         params = AlknParams(preset=preset)  # type: ignore[arg-type]
         defaults = params.model_dump()
         granted = {k for k in AlknParams.model_fields if procedure in READ_BY.get(k, (procedure,))}
-        assert {*defaults} == granted - ({*AlknParams.later} - {*alkn_params.PRESETS[preset]})
+        assert {*defaults} == granted - {*AlknParams.later, "alternative_weight"}
         for key in AlknParams.model_fields:
             value = getattr(params, key)
             assert AlknParams.model_validate({"preset": preset, key: value}).model_dump() == defaults
@@ -115,14 +115,18 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
     assert cause.faults[0][1].endswith("only 'rounds' and 'once'")
 
 
-def test_a_key_that_came_later_is_written_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("key", "off", "on"), [("others", 0.0, 0.5), ("alternatives", 0, 4)])
+def test_a_key_that_came_later_is_written_where_it_is_used(
+    key: str, off: float, on: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Or where a preset would use it; what was frozen is read back as it was."""
-    assert "others" not in AlknParams(others=0.0).model_dump()
-    assert AlknParams(others=0.5).model_dump()["others"] == 0.5
-    monkeypatch.setitem(alkn_params.PRESETS, "resistant", {**alkn_params.PRESETS["resistant"], "others": 1.0})
-    for given in ({}, {"others": 0.0}):
+    assert key not in AlknParams.model_validate({key: off}).model_dump()
+    assert AlknParams.model_validate({key: on}).model_dump()[key] == on
+    monkeypatch.setitem(alkn_params.PRESETS, "resistant", {**alkn_params.PRESETS["resistant"], key: on})
+    for given in ({}, {key: off}):
         params = AlknParams.model_validate({"preset": "resistant", **given})
-        assert AlknParams.model_validate(params.model_dump()) == params and "others" in params.model_dump()
+        assert AlknParams.model_validate(params.model_dump()) == params and key in params.model_dump()
+    assert ("alternative_weight" in AlknParams.model_validate({key: on}).model_dump()) == (key == "alternatives")
 
 
 class Watched(AlknParams):
