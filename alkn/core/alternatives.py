@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alkn.core.scoring import Example, collate
+from alkn.core.scoring import PROMPT, Example, collate
 from alkn.core.training import answer_loss
 from alkn.core.unlearning import Task
-
-PROMPT = 4
-"""Tokens of a prompt that asks something: plain text has no alternative."""
 
 
 class Similarity:
@@ -37,7 +35,7 @@ class Similarity:
         lengths = self._sums(values**2).sqrt()
         self._values = values / lengths.clamp(min=1e-12)[self._rows]
 
-    def to(self, prompt: Tensor) -> Tensor:
+    def __call__(self, prompt: Tensor) -> Tensor:
         """The cosine of every prompt with this one times its length, ``[prompts]``, float64, at least 0."""
         own = torch.zeros_like(self._weights)
         own[prompt.unique()] = 1
@@ -57,29 +55,33 @@ def alternatives(
 
     Args:
         asked: the records to forget.
-        kept: records that stay; one with the same answer is no alternative.
+        kept: records that stay. One whose answer has the same set of tokens is no alternative: it says the same.
         vocab_size: of the token ids.
-        context: most tokens of a record; a longer answer is cut off. ``None``: any.
+        context: most tokens of a record: an answer that would be longer is none either; ``None``: any.
 
     Returns:
-        Per record of ``asked``: its prompt and the other's answer; ``None`` where a prompt has fewer than
-        :data:`PROMPT` tokens, or no kept one has as many.
+        Per record of ``asked``: its prompt and the other's answer; ``None`` where its prompt has fewer than
+        :data:`PROMPT` tokens, or no kept one with as many shares a token with it that not all of them have.
     """
     kept = [example for example in kept if example.answer_start >= PROMPT]
-    found: list[Example | None] = [None] * len(asked)
     if not kept:
-        return found
+        return [None] * len(asked)
     similarity = Similarity([example.tokens[: example.answer_start] for example in kept], vocab_size=vocab_size)
-    for i, example in enumerate(asked):
-        prompt, answer = example.tokens[: example.answer_start], example.tokens[example.answer_start :]
-        if len(prompt) < PROMPT:
-            continue
-        for j in similarity.to(prompt).argsort(descending=True, stable=True).tolist():
-            other = kept[j].tokens[kept[j].answer_start :]
-            if not torch.equal(other, answer):
-                found[i] = Example(torch.cat([prompt, other])[:context], len(prompt))
-                break
-    return found
+    words = [frozenset(example.tokens[example.answer_start :].tolist()) for example in kept]
+    lengths = torch.tensor([example.answer_length for example in kept])
+
+    def alternative(example: Example) -> Example | None:
+        prompt = example.tokens[: example.answer_start]
+        own = frozenset(example.tokens[example.answer_start :].tolist())
+        near = similarity(prompt)
+        near[torch.tensor([other == own for other in words])] = 0
+        near[lengths > (math.inf if context is None else context - len(prompt))] = 0
+        best = kept[int(near.argmax())]
+        if len(prompt) < PROMPT or not float(near.max()):
+            return None
+        return Example(torch.cat([prompt, best.tokens[best.answer_start :]]), len(prompt))
+
+    return [alternative(example) for example in asked]
 
 
 class AlternativeTerm:
@@ -87,23 +89,24 @@ class AlternativeTerm:
 
     Args:
         task: whose records; its retain records are what stays.
-        portion: maps how many records there are to how many of their alternatives a step takes.
-        batch_size: alternatives that weigh ``weight``; fewer weigh less, each as much as in a full batch.
-        weight: factor on the loss of a full batch.
+        batch_size: alternatives of a large request in a step.
+        weight: factor on the mean over their tokens.
+        share: maps how many there are to what of the two a step takes, in (0, 1]: of few it takes fewer, and they weigh
+            less.
 
     Attributes:
         passes: record passes spent so far.
     """
 
-    def __init__(self, task: Task, *, portion: Callable[[int], int], batch_size: int, weight: float) -> None:
-        self._task, self._portion, self._weight = task, portion, weight / batch_size
-        config: Any = task.model.config
-        sizes = {
-            "vocab_size": config.get_text_config().vocab_size,
-            "context": getattr(config, "max_position_embeddings", None),
-        }
-        found = [alternatives(asked, task.retain, **sizes) for asked in (task.forget, task.earlier)]
-        self._groups = [group for group in ([one for one in each if one is not None] for each in found) if group]
+    def __init__(self, task: Task, *, batch_size: int, weight: float, share: Callable[[int], float]) -> None:
+        self._task, self._batch_size, self._weight, self._share = task, batch_size, weight, share
+        model: Any = task.model
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        self._groups: list[list[Example]] = []
+        for asked in (task.forget, task.earlier):
+            found = alternatives(asked, task.retain, vocab_size=config.vocab_size, context=context)
+            self._groups += [group] if (group := [one for one in found if one is not None]) else []
         self.passes = 0
 
     def __bool__(self) -> bool:
@@ -115,7 +118,9 @@ class AlternativeTerm:
         device = next(model.parameters()).device
         total = torch.zeros((), device=device)
         for group in self._groups:
-            picks = [int(i) for i in torch.randperm(len(group), generator=generator)[: self._portion(len(group))]]
-            total = total + len(picks) * answer_loss()(model, collate(group, picks, device=device))
+            share = self._share(len(group))
+            order = torch.randperm(len(group), generator=generator)
+            picks = [int(i) for i in order[: math.ceil(self._batch_size * share)]]
+            total = total + self._weight * share * answer_loss()(model, collate(group, picks, device=device))
             self.passes += len(picks)
-        return self._weight * total
+        return total

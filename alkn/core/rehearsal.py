@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from alkn.core.damage import through_damage
 from alkn.core.generation import greedy
-from alkn.core.scoring import Example, Progress, collate, mean_gradient, no_progress
+from alkn.core.scoring import PROMPT, Example, Progress, collate, mean_gradient, no_progress
 from alkn.core.training import Hyperparameters, Loss, answer_loss, distillation_loss, fine_tune, linear_warmup
 from alkn.core.unlearning import Task, Teacher
 
@@ -36,7 +36,7 @@ def spliced_prompts(
     """Prompts that nobody wrote: the first part of one record's prompt and the rest of another's.
 
     Both are cut at the same relative place, drawn between 0.2 and 0.8, so that templates survive at
-    both ends. A record whose prompt has fewer than four tokens (plain text) gives its own beginning,
+    both ends. A record whose prompt has fewer than :data:`PROMPT` tokens (plain text) gives its own beginning,
     up to the cut.
 
     Args:
@@ -55,7 +55,7 @@ def spliced_prompts(
     cuts = (0.2 + 0.6 * torch.rand(count, generator=generator)).tolist()
     for (i, j), cut in zip(pairs, cuts, strict=True):
         head, tail = (examples[k].tokens[: examples[k].answer_start] for k in (i, j))
-        if min(head.numel(), tail.numel()) < 4:
+        if min(head.numel(), tail.numel()) < PROMPT:
             whole = examples[i].tokens
             prompts.append(whole[: max(1, int(cut * whole.numel()))])
             continue

@@ -30,6 +30,9 @@ from alkn.core.distributed import (
 LABELLED = "_alkn_labelled_logits"
 """Attribute under which a split model has :func:`labelled_logits` as a method (see :mod:`alkn.core.sharding`)."""
 
+PROMPT = 4
+"""Fewest tokens of a prompt that asks something; before plain text stands less."""
+
 
 @dataclass(frozen=True)
 class Example:

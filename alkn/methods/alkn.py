@@ -103,13 +103,13 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
 
 
 def _with_alternatives(task: Task, keep: Keeper | None, p: AlknParams) -> Keep | None:
-    """What keeps, and beside it what shall be said instead, where there is such a thing; in no-retain mode nothing."""
+    """What keeps, and beside it what shall be said instead, where there is such a thing."""
     if keep is None or not p.alternatives:
         return keep
-    pace, count = p.pace(), p.alternatives
+    pace = p.pace()
     instead = AlternativeTerm(
-        task, portion=lambda records: -(-count * pace.portion(records) // pace.batch_size), batch_size=count,
-        weight=p.alternative_weight,
+        task, batch_size=p.alternatives, weight=p.alternative_weight,
+        share=lambda records: pace.portion(records) / pace.batch_size,
     )  # fmt: skip
     return Together(keep, instead) if instead else keep
 

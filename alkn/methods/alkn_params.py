@@ -140,8 +140,8 @@ class AlknParams(DescentParams):
         forget_weight: factor on that loss of a full batch, beside the keeping parts.
         others: factor on what holds all other tokens to the proportions that the teacher gives them, see
             :func:`alkn.core.training.level_loss`; 0: nothing does.
-        alternatives: interleaved: alternative answers in a step, of the request and as many of earlier ones, see
-            :func:`alkn.core.alternatives.alternatives`; 0: none.
+        alternatives: interleaved: alternative answers in a step, of the request and as many of earlier ones that are
+            replayed, see :func:`alkn.core.alternatives.alternatives`; of a small request fewer. 0: none.
         alternative_weight: factor on the cross-entropy on them.
         background_shift: where the level lies, see :class:`alkn.core.level.Level`.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
@@ -245,11 +245,10 @@ class AlknParams(DescentParams):
         return {**preset, **given}
 
     def is_written(self, key: str) -> bool:
-        """Whether a dump has the key: what the procedure does not read says nothing about a step."""
+        """Whether a dump has the key: what is not read says nothing about a step."""
         if key == "alternative_weight" and not self.alternatives:
             return False
-        read = self.procedure in READ_BY.get(key, (self.procedure,))
-        return read and (super().is_written(key) or key in PRESETS[self.preset])
+        return self.procedure in READ_BY.get(key, (self.procedure,)) and super().is_written(key)
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:
@@ -261,6 +260,10 @@ class AlknParams(DescentParams):
             raise ValueError("teacher 'origin' says again what was forgotten since: it needs a replay above 0")
         if self.others and self.forget_loss != "level":
             raise ValueError("others shares out what the level takes: it goes with forget_loss 'level'")
+        if self.alternatives and not (self.retain_batch or self.rehearsal):
+            raise ValueError("alternatives are right answers of retain records: no-retain mode has none")
+        if not self.alternatives and self.alternative_weight != type(self).model_fields["alternative_weight"].default:
+            raise ValueError("alternative_weight goes with alternatives above 0")
         if self.label_form == "log_odds" and self.label_midpoint == 1:
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         if self.ternary_share is not None and self.retain_momentum > 0:

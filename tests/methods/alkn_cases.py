@@ -15,9 +15,6 @@ def rounds_of(**more: Any) -> AlknParams:
 
 
 def interleaved_of(**more: Any) -> AlknParams:
-    """``interleaved`` in small: twelve written records, one alternative, a rate for so few weights, half the steps."""
-    small = {
-        "lr": 2e-3, "rehearsal": 12, "rehearsal_batch": 6, "retain_batch": 6, "decay_steps": 60, "steps": 200,
-        "alternatives": 1,
-    }  # fmt: skip
+    """``interleaved`` in small: twelve written records, a rate for so small a model, half the steps."""
+    small = {"lr": 2e-3, "rehearsal": 12, "rehearsal_batch": 6, "retain_batch": 6, "decay_steps": 60, "steps": 200}
     return AlknParams.model_validate({"preset": "interleaved"} | small | more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -38,11 +39,11 @@ def test_interleaved_meets_the_target_and_keeps_the_retain_set(memorised: Any, f
 
 
 def test_interleaved_reports_a_target_out_of_reach(memorised: Any) -> None:
-    """All steps are taken; each passes two forget records, an alternative, six retain and six written ones."""
+    """All steps are taken; each passes two forget records, six retain and six written ones, all finite."""
     task = task_of(memorised, stop=NEVER)
     outcome = alkn(task, interleaved_of(steps=20))
     assert not outcome.reached and [row["round"] for row in outcome.history] == [0, 5, 10, 15, 20]
-    assert 0 < outcome.passes - 20 * (2 + 1 + 6 + 6) <= 12
+    assert 0 < outcome.passes - 20 * (2 + 6 + 6) <= 12
     assert all(bool(torch.isfinite(w).all()) for w in task.weights().values())
 
 
@@ -77,7 +78,7 @@ def test_a_record_of_a_small_request_pulls_as_hard_as_any(memorised: Any) -> Non
 def test_interleaved_without_rehearsal(memorised: Any) -> None:
     """Then nothing is written, and only retain records keep."""
     task = task_of(memorised, stop=NEVER)
-    assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (2 + 1 + 6)
+    assert alkn(task, interleaved_of(steps=20, rehearsal=0)).passes == 20 * (2 + 6)
 
 
 def test_interleaved_without_retain_records(memorised: Any) -> None:
@@ -181,7 +182,7 @@ def test_a_level_at_the_target_is_left_alone(memorised: Any) -> None:
 
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
     """A level at which everything stays known: lowered, the records end forgotten; else not."""
-    high = {"background_shift": 1e3, "steps": 120, "alternatives": 0}
+    high = {"background_shift": 1e3, "steps": 120}
     reached = {by: alkn(task_of(memorised), interleaved_of(**high, background_step=by)).reached for by in (0.0, 0.7)}
     assert reached == {0.0: False, 0.7: True}
 
@@ -218,21 +219,32 @@ def test_alternatives_are_what_is_said_instead(memorised: Any) -> None:
     wanted = alternatives(memorised.forget, memorised.retain, vocab_size=config.vocab_size)
     prompts = [example.tokens[: example.answer_start] for example in memorised.forget]
     said = {}
-    for count in (0, 6):
+    for given in ({}, {"alternatives": 48, "alternative_weight": 8.0}):
         task = task_of(memorised)
-        outcome = alkn(task, interleaved_of(alternatives=count, alternative_weight=1.0))
+        outcome = alkn(task, interleaved_of(**given))
         assert outcome.reached and p_of(task.model, memorised.retain) > 0.9
         answers = greedy(task.model, prompts, eos=int(memorised.retain[0].tokens[-1]), max_new_tokens=8)
-        said[count] = sum(
+        said[len(given)] = sum(
             one is not None and one.tokens[one.answer_start : -1].tolist() == answer
             for one, answer in zip(wanted, answers, strict=True)
         )
-    assert said[6] == len(prompts) > said[0], said
+    assert said[2] == sum(one is not None for one in wanted) > len(prompts) / 2 > said[0], said
 
 
-def test_alternatives_are_counted_and_need_no_written_records(memorised: Any) -> None:
-    """Two of 16 forget records in a step, so an eighth of the alternatives, and as many of the earlier request's."""
+def test_alternatives_of_a_small_request_are_few_and_weigh_little(memorised: Any) -> None:
+    """A fifth of them, of 16, is their part of a full batch, in number and in weight; so of earlier ones."""
     task = task_of(memorised, stop=NEVER, earlier=memorised.second)
-    p = interleaved_of(steps=20, rehearsal=0, alternatives=24, lr=1e-9, replay=1, teacher="parent")
-    few = -(-24 * 2 // 16)
-    assert alkn(task, p).passes == 20 * (2 + 6 + few + few + 1)
+    config: Any = task.model.config
+    few = 0
+    for asked in (task.forget, task.earlier):
+        there = sum(x is not None for x in alternatives(asked, task.retain, vocab_size=config.vocab_size))
+        few += math.ceil(32 * math.ceil(there / 5) / 16)
+    p = interleaved_of(steps=20, rehearsal=0, alternatives=32, lr=1e-9, replay=1, teacher="parent")
+    assert few >= 4 and alkn(task, p).passes == 20 * (2 + 6 + few + 1)
+    moved = []
+    for batch_size, weight, count in ((16, 0.4, 48), (8, 0.2, 24), (8, 0.4, 24)):
+        task = task_of(memorised, stop=NEVER)
+        given = {"batch_size": batch_size, "forget_weight": batch_size / 16, "steps": 6}
+        alkn(task, interleaved_of(**given, alternatives=count, alternative_weight=weight))
+        moved.append(torch.cat([w.flatten() for w in task.weights().values()]))
+    assert torch.equal(moved[0], moved[1]) and not torch.equal(moved[0], moved[2])
