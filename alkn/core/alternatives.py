@@ -72,14 +72,17 @@ def alternatives(
 
     def alternative(example: Example) -> Example | None:
         prompt = example.tokens[: example.answer_start]
+        if len(prompt) < PROMPT:
+            return None
         own = frozenset(example.tokens[example.answer_start :].tolist())
         near = similarity(prompt)
         near[torch.tensor([other == own for other in words])] = 0
-        near[lengths > (math.inf if context is None else context - len(prompt))] = 0
-        best = kept[int(near.argmax())]
-        if len(prompt) < PROMPT or not float(near.max()):
+        if context is not None:
+            near[lengths > context - len(prompt)] = 0
+        best = int(near.argmax())
+        if not float(near[best]):
             return None
-        return Example(torch.cat([prompt, best.tokens[best.answer_start :]]), len(prompt))
+        return Example(torch.cat([prompt, kept[best].tokens[kept[best].answer_start :]]), len(prompt))
 
     return [alternative(example) for example in asked]
 
@@ -103,10 +106,10 @@ class AlternativeTerm:
         model: Any = task.model
         config = model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
-        self._groups: list[list[Example]] = []
-        for asked in (task.forget, task.earlier):
-            found = alternatives(asked, task.retain, vocab_size=config.vocab_size, context=context)
-            self._groups += [group] if (group := [one for one in found if one is not None]) else []
+        asked, own = [*task.forget, *task.earlier], len(task.forget)
+        found = alternatives(asked, task.retain, vocab_size=config.vocab_size, context=context)
+        groups = [[one for one in part if one is not None] for part in (found[:own], found[own:])]
+        self._groups = [group for group in groups if group]
         self.passes = 0
 
     def __bool__(self) -> bool:

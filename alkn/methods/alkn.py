@@ -16,7 +16,7 @@ from alkn.core.alternatives import AlternativeTerm
 from alkn.core.background import BackgroundModel
 from alkn.core.calibration import smallest_scale
 from alkn.core.damage import through_damage
-from alkn.core.descent import Keep, Together, descend
+from alkn.core.descent import Keep, Pace, Together, descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
 from alkn.core.level import Level, Sureness, rivals
 from alkn.core.rehearsal import Keeper
@@ -97,16 +97,15 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     lowering = None if pushes else lower
     # In every step and with all the weight, the few records of a small request take what resembles them along.
     return descend(
-        task, pace, forget=forget, keep=_with_alternatives(task, keep, p), on_measure=lowering, rest=pushes,
+        task, pace, forget=forget, keep=_with_alternatives(task, keep, p, pace), on_measure=lowering, rest=pushes,
         resist=resist, replay=p.replay, portion=pace.portion(len(task.forget)),
     )  # fmt: skip
 
 
-def _with_alternatives(task: Task, keep: Keeper | None, p: AlknParams) -> Keep | None:
+def _with_alternatives(task: Task, keep: Keeper | None, p: AlknParams, pace: Pace) -> Keep | None:
     """What keeps, and beside it what shall be said instead, where there is such a thing."""
     if keep is None or not p.alternatives:
         return keep
-    pace = p.pace()
     instead = AlternativeTerm(
         task, batch_size=p.alternatives, weight=p.alternative_weight,
         share=lambda records: pace.portion(records) / pace.batch_size,
