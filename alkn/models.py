@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from alkn.core.limits import context_of
 from alkn.errors import InputError
 from alkn.registry import Params
 
@@ -127,9 +128,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 def context_length(path: Path, *, trust_remote_code: bool = False) -> int:
     """The longest input of a local model, in tokens."""
     config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
-    text = config.get_text_config()
-    longest: int | None = getattr(text, "max_position_embeddings", None)
-    return longest or 2048
+    return context_of(config) or 2048
 
 
 def load_model(

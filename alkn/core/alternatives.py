@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alkn.core.limits import context_of, vocabulary_of
 from alkn.core.scoring import PROMPT, Example, collate
 from alkn.core.training import answer_loss
 from alkn.core.unlearning import Task
@@ -104,10 +105,9 @@ class AlternativeTerm:
     def __init__(self, task: Task, *, batch_size: int, weight: float, share: Callable[[int], float]) -> None:
         self._task, self._batch_size, self._weight, self._share = task, batch_size, weight, share
         model: Any = task.model
-        config = model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        vocab_size, context = vocabulary_of(model.config), context_of(model.config)
         asked, own = [*task.forget, *task.earlier], len(task.forget)
-        found = alternatives(asked, task.retain, vocab_size=config.vocab_size, context=context)
+        found = alternatives(asked, task.retain, vocab_size=vocab_size, context=context)
         groups = [[one for one in part if one is not None] for part in (found[:own], found[own:])]
         self._groups = [group for group in groups if group]
         self.passes = 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alkn.core.distributed import dealt, is_main, is_split, sum_
+from alkn.core.limits import context_of
 from alkn.core.scoring import Progress, bucketed, no_progress
 
 BATCH = (16_384, 128)
@@ -42,7 +43,7 @@ def greedy(
         New token ids a prompt, without the end-of-sequence token.
     """
     causal_lm: Any = model
-    context: int | None = getattr(causal_lm.config, "max_position_embeddings", None)
+    context = context_of(causal_lm.config)
     by_room: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         room = max_new_tokens if context is None else min(max_new_tokens, context - prompt.numel())

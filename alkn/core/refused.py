@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from alkn.core.limits import context_of
 from alkn.core.scoring import Example
 from alkn.core.unlearning import Task
 from alkn.errors import InputError
@@ -25,7 +28,8 @@ def refused_examples(task: Task) -> list[Example]:
     """
     if not task.refusals:
         raise InputError("method: it teaches the model to refuse, and there is no refusal to teach")
-    context: int | None = getattr(getattr(task.model, "config", None), "max_position_embeddings", None)
+    causal_lm: Any = task.model
+    context = context_of(causal_lm.config)
     generator = task.generator("refusals")
     examples = []
     for number, record in enumerate(task.forget):

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from alkn.core.damage import through_damage
 from alkn.core.generation import greedy
+from alkn.core.limits import context_of
 from alkn.core.scoring import PROMPT, Example, Progress, collate, mean_gradient, no_progress
 from alkn.core.training import Hyperparameters, Loss, answer_loss, distillation_loss, fine_tune, linear_warmup
 from alkn.core.unlearning import Task, Teacher
@@ -95,7 +96,7 @@ def rehearsal_set(
         may repeat anything that it was trained on.
     """
     causal_lm: Any = model
-    context: int | None = getattr(causal_lm.config, "max_position_embeddings", None)
+    context = context_of(causal_lm.config)
     prompts = spliced_prompts(examples, count, generator=generator, weights=weights)
     answers = greedy(model, prompts, eos=eos, max_new_tokens=max_new_tokens, progress=progress)
     return [

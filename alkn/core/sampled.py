@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from alkn.core.distributed import refuse_split
+from alkn.core.limits import context_of
 from alkn.core.scoring import Progress, no_progress
 
 
@@ -75,7 +76,7 @@ def _drawn(
     """``count`` continuations of each row of ``[prompts, length]``."""
     causal_lm: Any = model
     device = next(model.parameters()).device
-    context = getattr(causal_lm.config, "max_position_embeddings", None)
+    context = context_of(causal_lm.config)
     room = max_new_tokens if context is None else min(max_new_tokens, context - prompts.shape[1])
     ids, cache = prompts.repeat_interleave(count, dim=0).to(device), None
     written = torch.full((len(prompts) * count, max(room, 0)), eos)

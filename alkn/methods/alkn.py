@@ -19,6 +19,7 @@ from alkn.core.damage import through_damage
 from alkn.core.descent import Keep, Pace, Together, descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
 from alkn.core.level import Level, Sureness, rivals
+from alkn.core.limits import vocabulary_of
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Scores
 from alkn.core.training import Weighted, answer_loss, fine_tune, level_loss, suppression_loss
@@ -118,8 +119,8 @@ def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | Non
 
     Of answers that are built alike it would guess too much. ``says`` is who gives the other tokens their proportions.
     """
-    config: Any = task.model.config
-    background = BackgroundModel(keep.pool if keep else [], vocab_size=config.get_text_config().vocab_size)
+    causal_lm: Any = task.model
+    background = BackgroundModel(keep.pool if keep else [], vocab_size=vocabulary_of(causal_lm.config))
     sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
     records = [*task.forget, *task.earlier]
     beside = None if says is None else rivals(says, records)

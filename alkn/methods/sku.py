@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from alkn.core.calibration import calibrated_scale
+from alkn.core.limits import context_of
 from alkn.core.scoring import Batch, Example, collate
 from alkn.core.training import Hyperparameters, answer_loss, distillation_loss, fine_tune, linear_warmup, steps_of
 from alkn.core.unlearning import Outcome, Task
@@ -117,7 +120,8 @@ class Acquisition:
     def mismatched(self, records: tuple[int, ...]) -> list[Example]:
         """``answers`` examples a record: its prompt with the answer of another record, drawn at random."""
         forget, generator = self._task.forget, self._task.generator("disassociation", self._step)
-        context = getattr(self._task.model.config, "max_position_embeddings", None)
+        causal_lm: Any = self._task.model
+        context = context_of(causal_lm.config)
         drawn = torch.randint(len(forget) - 1, (len(records), self._params.answers), generator=generator).tolist()
         out = []
         for record, others in zip(records, drawn, strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from alkn.core.confident import SHORTEST, different, ranked
 from alkn.core.generation import greedy
+from alkn.core.limits import context_of
 from alkn.core.measured import Measured
 from alkn.core.sampled import sample
 from alkn.core.scoring import Example
@@ -96,7 +97,7 @@ def sentences(base: nn.Module, view: View, tokens: Text, params: CompletionParam
     if not drawn:
         return []
     causal_lm: Any = base
-    context = getattr(causal_lm.config, "max_position_embeddings", None)
+    context = context_of(causal_lm.config)
     order = ranked(base, drawn, tokens, window=params.window, context=context)
     gone = [
         example.tokens[example.answer_start :].tolist()

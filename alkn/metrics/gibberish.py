@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alkn.core.background import BackgroundModel
+from alkn.core.limits import vocabulary_of
 from alkn.core.measured import Measured
 from alkn.core.probe import NOT_WRITTEN
 from alkn.core.view import View
@@ -30,7 +31,7 @@ def gibberish(view: View, params: Params) -> Measured:
     if not kept:
         return Measured.missing("there is no retain set to learn the background from")
     causal_lm: Any = probe.model
-    background = BackgroundModel(kept, vocab_size=causal_lm.config.vocab_size)
+    background = BackgroundModel(kept, vocab_size=vocabulary_of(causal_lm.config))
     examples = probe.records.examples
     ids = probe.records.ids
     told = [

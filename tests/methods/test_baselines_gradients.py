@@ -14,6 +14,7 @@ from method_cases import NEVER, task_of
 from numpy.typing import NDArray
 from scipy.special import expit, log_softmax, softmax
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from alkn.core.scoring import Example
 from alkn.core.sequence_losses import preference_loss, reference_log_probs, sequence_log_probs
@@ -120,6 +121,7 @@ class Bigram(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.config = PretrainedConfig()
         generator = torch.Generator().manual_seed(1)
         self.table = nn.Embedding.from_pretrained(
             torch.randn(self.VOCAB, self.VOCAB, generator=generator), freeze=False
