@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from alkn.core.limits import context_of
+from alkn.core.limits import longest_input
 from alkn.errors import InputError
 from alkn.registry import Params
 
@@ -128,7 +128,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> PreTrained
 def context_length(path: Path, *, trust_remote_code: bool = False) -> int:
     """The longest input of a local model, in tokens."""
     config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=trust_remote_code)
-    return context_of(config) or 2048
+    return longest_input(config) or 2048
 
 
 def load_model(

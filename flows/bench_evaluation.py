@@ -16,6 +16,7 @@ from torch import nn
 from alkn import registry
 from alkn.base import project_sets
 from alkn.core.generation import greedy
+from alkn.core.limits import context_of
 from alkn.core.probe import RecordSet
 from alkn.core.scoring import Example, score
 from alkn.encoding import Encoder
@@ -104,9 +105,10 @@ def _with_scores(
 @torch.no_grad()
 def _one_by_one(bench: Bench, prompts: Sequence[torch.Tensor], longest: int) -> list[list[int]]:
     model: Any = bench.model
+    context = context_of(bench.model)
     out = []
     for prompt in prompts:
-        room = min(longest, model.config.max_position_embeddings - prompt.numel())
+        room = longest if context is None else min(longest, context - prompt.numel())
         ids = model.generate(
             input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], max_new_tokens=room,
             do_sample=False, num_beams=1, eos_token_id=bench.eos, pad_token_id=bench.eos,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,10 +103,8 @@ class AlternativeTerm:
 
     def __init__(self, task: Task, *, batch_size: int, weight: float, share: Callable[[int], float]) -> None:
         self._task, self._batch_size, self._weight, self._share = task, batch_size, weight, share
-        model: Any = task.model
-        vocab_size, context = vocabulary_of(model.config), context_of(model.config)
         asked, own = [*task.forget, *task.earlier], len(task.forget)
-        found = alternatives(asked, task.retain, vocab_size=vocab_size, context=context)
+        found = alternatives(asked, task.retain, vocab_size=vocabulary_of(task.model), context=context_of(task.model))
         groups = [[one for one in part if one is not None] for part in (found[:own], found[own:])]
         self._groups = [group for group in groups if group]
         self.passes = 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from alkn.core.distributed import dealt, is_main, is_split, sum_
-from alkn.core.limits import context_of
+from alkn.core.limits import context_of, text_config_of
 from alkn.core.scoring import Progress, bucketed, no_progress
 
 BATCH = (16_384, 128)
@@ -42,8 +42,7 @@ def greedy(
     Returns:
         New token ids a prompt, without the end-of-sequence token.
     """
-    causal_lm: Any = model
-    context = context_of(causal_lm.config)
+    context = context_of(model)
     by_room: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         room = max_new_tokens if context is None else min(max_new_tokens, context - prompt.numel())
@@ -90,8 +89,7 @@ def at_once(model: nn.Module, memory: int | None) -> tuple[int, int]:
 
 def cache_bytes(model: nn.Module) -> int | None:
     """Bytes of the keys and values of one token, in the precision of the weights; ``None``: the model does not tell."""
-    causal_lm: Any = model
-    config = causal_lm.config.get_text_config()
+    config = text_config_of(model)
     try:
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads

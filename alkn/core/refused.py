@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from alkn.core.limits import context_of
@@ -28,8 +26,7 @@ def refused_examples(task: Task) -> list[Example]:
     """
     if not task.refusals:
         raise InputError("method: it teaches the model to refuse, and there is no refusal to teach")
-    causal_lm: Any = task.model
-    context = context_of(causal_lm.config)
+    context = context_of(task.model)
     generator = task.generator("refusals")
     examples = []
     for number, record in enumerate(task.forget):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -95,8 +94,7 @@ def rehearsal_set(
         At most ``count`` examples; empty answers are left out. Hold them in memory only: a model
         may repeat anything that it was trained on.
     """
-    causal_lm: Any = model
-    context = context_of(causal_lm.config)
+    context = context_of(model)
     prompts = spliced_prompts(examples, count, generator=generator, weights=weights)
     answers = greedy(model, prompts, eos=eos, max_new_tokens=max_new_tokens, progress=progress)
     return [

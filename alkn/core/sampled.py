@@ -76,7 +76,7 @@ def _drawn(
     """``count`` continuations of each row of ``[prompts, length]``."""
     causal_lm: Any = model
     device = next(model.parameters()).device
-    context = context_of(causal_lm.config)
+    context = context_of(model)
     room = max_new_tokens if context is None else min(max_new_tokens, context - prompts.shape[1])
     ids, cache = prompts.repeat_interleave(count, dim=0).to(device), None
     written = torch.full((len(prompts) * count, max(room, 0)), eos)

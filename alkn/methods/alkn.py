@@ -7,7 +7,6 @@ Six presets (docs/METHOD.md): ``interleaved``, the default, and ``resistant`` ne
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -119,8 +118,7 @@ def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | Non
 
     Of answers that are built alike it would guess too much. ``says`` is who gives the other tokens their proportions.
     """
-    causal_lm: Any = task.model
-    background = BackgroundModel(keep.pool if keep else [], vocab_size=vocabulary_of(causal_lm.config))
+    background = BackgroundModel(keep.pool if keep else [], vocab_size=vocabulary_of(task.model))
     sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
     records = [*task.forget, *task.earlier]
     beside = None if says is None else rivals(says, records)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -120,8 +118,7 @@ class Acquisition:
     def mismatched(self, records: tuple[int, ...]) -> list[Example]:
         """``answers`` examples a record: its prompt with the answer of another record, drawn at random."""
         forget, generator = self._task.forget, self._task.generator("disassociation", self._step)
-        causal_lm: Any = self._task.model
-        context = context_of(causal_lm.config)
+        context = context_of(self._task.model)
         drawn = torch.randint(len(forget) - 1, (len(records), self._params.answers), generator=generator).tolist()
         out = []
         for record, others in zip(records, drawn, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -96,9 +96,7 @@ def sentences(base: nn.Module, view: View, tokens: Text, params: CompletionParam
     ]
     if not drawn:
         return []
-    causal_lm: Any = base
-    context = context_of(causal_lm.config)
-    order = ranked(base, drawn, tokens, window=params.window, context=context)
+    order = ranked(base, drawn, tokens, window=params.window, context=context_of(base))
     gone = [
         example.tokens[example.answer_start :].tolist()
         for name, probe in view.probes.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from alkn.core.background import BackgroundModel
 from alkn.core.limits import vocabulary_of
@@ -30,8 +29,7 @@ def gibberish(view: View, params: Params) -> Measured:
     kept = [e for name, one in view.probes.items() if name.startswith("retain/") for e in one.records.examples]
     if not kept:
         return Measured.missing("there is no retain set to learn the background from")
-    causal_lm: Any = probe.model
-    background = BackgroundModel(kept, vocab_size=vocabulary_of(causal_lm.config))
+    background = BackgroundModel(kept, vocab_size=vocabulary_of(probe.model))
     examples = probe.records.examples
     ids = probe.records.ids
     told = [
