@@ -167,7 +167,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others", "alternatives")
+    later: ClassVar = (*DescentParams.later, "others", "alternatives")
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
