@@ -17,6 +17,9 @@ from alkn.files import write_bytes
 from alkn.report import words
 from alkn.report.drawing import FLOOR, Look, look_of, new_figure, rendered, style
 
+LEGEND_LINES, LEGEND_WIDTH = 20, 2.0
+"""Methods in one column of a legend, as many as a figure is high, and inches of another column."""
+
 
 def write_plots(folder: Path, results: Results) -> list[Path]:
     """Write ``utility``, ``front``, ``cascade`` and a curve an attack as .png and .svg; returns the paths."""
@@ -191,12 +194,23 @@ def _above_floor(spread: Spread) -> Spread:
 
 
 def _legend(figure: Figure, rows: Sequence[Row], looks: dict[str, Look], *, note: str) -> None:
+    """Beside the panels; of many methods in several columns, for which the figure becomes wider."""
+    columns = math.ceil(len(rows) / LEGEND_LINES)
+    figure.set_figwidth(figure.get_figwidth() + LEGEND_WIDTH * (columns - 1))
     handles = [
         Line2D([], [], color=look.colour, ls=look.dash, marker=look.marker, label=row.title)
         for row in rows
         for look in (looks[row.entry.label],)
     ]
-    figure.legend(handles=handles, loc="outside right upper", fontsize=8, handlelength=3, title=note, title_fontsize=8)
+    figure.legend(
+        handles=handles,
+        loc="outside right upper",
+        ncols=columns,
+        fontsize=8,
+        handlelength=3,
+        title=note,
+        title_fontsize=8,
+    )
 
 
 def _save(figure: Figure, path: Path) -> list[Path]:

@@ -25,6 +25,7 @@ from alkn.compare.results import (
     choose,
 )
 from alkn.errors import InputError
+from alkn.report.drawing import look_of, style
 
 CHAIN = ("r1", "r2", "r3")
 LIMITS = Level(0.01, 0.13)
@@ -206,6 +207,21 @@ def test_the_pictures_are_pictures(tmp_path: Path) -> None:
     again = {path.name: path.read_bytes() for path in plots.write_plots(tmp_path / "2", these)}
     assert again == first
     assert plots.write_plots(tmp_path / "3", results(("c", [made_up("c", 0, steps=2)]))) == []
+
+
+@pytest.mark.parametrize("methods", [3, 28])
+def test_all_methods_stand_in_the_legend(methods: int) -> None:
+    """Of a picture of many methods no line of it lies outside, nor over a panel."""
+    rows = results(*((f"one_of_the_methods_{n}", [made_up(f"one_of_the_methods_{n}", 0)]) for n in range(methods))).rows
+    looks = {row.entry.label: look_of(n) for n, row in enumerate(rows)}
+    with style():
+        for figure in (plots.utility_figure(rows, looks), plots.front_figure(rows, looks, "facts")):
+            figure.draw_without_rendering()
+            (legend,), whole = figure.legends, figure.bbox
+            box = legend.get_window_extent()
+            assert len(legend.get_texts()) == methods
+            assert whole.y0 <= box.y0 and box.y1 <= whole.y1 and box.x1 <= whole.x1
+            assert not any(box.overlaps(axis.get_tightbbox()) for axis in figure.axes)
 
 
 def comparison_of(*labels: str) -> Comparison:
