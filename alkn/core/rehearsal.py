@@ -13,7 +13,15 @@ from alkn.core.damage import through_damage
 from alkn.core.generation import greedy
 from alkn.core.limits import context_of
 from alkn.core.scoring import PROMPT, Example, Progress, collate, mean_gradient, no_progress
-from alkn.core.training import Hyperparameters, Loss, answer_loss, distillation_loss, fine_tune, linear_warmup
+from alkn.core.training import (
+    Hyperparameters,
+    Loss,
+    anchored_loss,
+    answer_loss,
+    distillation_loss,
+    fine_tune,
+    linear_warmup,
+)
 from alkn.core.unlearning import Task, Teacher
 
 
@@ -121,6 +129,8 @@ class Keeper:
         by_domain: each domain of the retain records is drawn as often as any other in the keeping loss and in the
             prompts, however few its records are.
         damage: of the answers that are distilled, see :func:`alkn.core.damage.damaged`.
+        hidden: factor on the distance of hidden states to the teacher's in the keeping loss of a step, of either kind
+            of records, see :func:`alkn.core.training.state_distance`.
 
     Attributes:
         pool: the retain records, then the written ones.
@@ -144,6 +154,7 @@ class Keeper:
         teacher: Teacher = "parent",
         by_domain: bool = False,
         damage: float = 0.0,
+        hidden: float = 0.0,
     ) -> None:
         self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
@@ -151,11 +162,14 @@ class Keeper:
         self._shares = evenly(task.retain_domains) if by_domain and task.retain_domains else None
         self._written: list[Example] = []
         self._distillation: Loss | None = None
+        self._own = answer_loss()
         self.teacher = task.model
-        if steps or rehearsal:
+        if steps or rehearsal or hidden:
             self.teacher = task.teacher(teacher)
-            distillation = distillation_loss(self.teacher, temperature=temperature)
+            distillation = distillation_loss(self.teacher, temperature=temperature, hidden=hidden)
             self._distillation = through_damage(distillation, damage, task.generator("damage", "keep"))
+        if hidden:
+            self._own = anchored_loss(self.teacher, hidden=hidden)
         if rehearsal:
             self._written = rehearsal_set(
                 self.teacher,
@@ -197,7 +211,7 @@ class Keeper:
         self.passes += len(drawn)
 
     def __call__(self, step: int) -> Tensor:
-        """Cross-entropy on a few retain records plus KL(teacher ‖ θ) on a few written ones.
+        """Cross-entropy on a few retain records plus KL(teacher ‖ θ) on a few written ones; of both, hidden states.
 
         Args:
             step: decides which records are drawn; the damage is drawn anew in each call.
@@ -207,7 +221,7 @@ class Keeper:
         total = torch.zeros((), device=device)
         if self._retain_batch:
             picks = [int(i) for i in with_replacement(own, (self._retain_batch,), self._shares, generator)]
-            total = total + answer_loss()(model, collate(self.pool, picks, device=device))
+            total = total + self._own(model, collate(self.pool, picks, device=device))
             self.passes += self._retain_batch
         if self._written and self._distillation is not None:
             count = self._rehearsal_batch

@@ -27,8 +27,8 @@ from alkn.core.distributed import (
     whole_batches,
 )
 
-LABELLED = "_alkn_labelled_logits"
-"""Attribute under which a split model has :func:`labelled_logits` as a method (see :mod:`alkn.core.sharding`)."""
+LABELLED = "_alkn_labelled"
+"""Attribute under which a split model has :func:`labelled` as a method (see :mod:`alkn.core.sharding`)."""
 
 PROMPT = 4
 """Fewest tokens of a prompt that asks something; before plain text stands less."""
@@ -144,9 +144,19 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     after its head (a cap or a scale on the logits), which :func:`has_plain_head` finds out once.
     With several processes each runs the model on its share of the rows; all get all logits.
     """
-    run = getattr(model, LABELLED, None) or partial(labelled_logits, model)
+    return _at_labels(model, batch, states=False)[0]
+
+
+def answer_states(model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """:func:`answer_logits`, and what each block of the model says there, ``[labels, hidden]``; of the last, normed."""
+    logits, *states = _at_labels(model, batch, states=True)
+    return logits, states
+
+
+def _at_labels(model: nn.Module, batch: Batch, *, states: bool) -> list[Tensor]:
+    run = getattr(model, LABELLED, None) or partial(labelled, model)
     if not shares_rows():
-        whole: Tensor = run(batch.input_ids, batch.positions)
+        whole: list[Tensor] = run(batch.input_ids, batch.positions, states=states)
         return whole
     rows = shares(len(batch.records))
     counts = torch.bincount(batch.rows, minlength=len(batch.records)).tolist()
@@ -155,18 +165,24 @@ def answer_logits(model: nn.Module, batch: Batch) -> Tensor:
     # Without a row of its own a process runs one for nothing: split weights have to be run by all.
     first, last = (mine.start, mine.stop) if mine else (0, 1)
     positions = batch.positions[begin : begin + sizes[rank()]] - first * seq
-    return joined_rows(run(batch.input_ids[first:last], positions), sizes)
+    return [joined_rows(part, sizes) for part in run(batch.input_ids[first:last], positions, states=states)]
 
 
-def labelled_logits(model: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """Logits at flat positions of ``[batch * seq]``, ``[positions, vocab]``, in this process alone."""
+def labelled(model: nn.Module, input_ids: Tensor, positions: Tensor, *, states: bool = False) -> list[Tensor]:
+    """What a model says at flat positions of ``[batch * seq]``, in this process alone.
+
+    Returns:
+        Logits ``[positions, vocab]``; with ``states`` the hidden states after each block as well, ``[positions,
+        hidden]``, of the last one behind the norm.
+    """
     causal_lm: Any = model
-    if has_plain_head(model):
-        hidden: Tensor = causal_lm.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-        labelled: Tensor = causal_lm.get_output_embeddings()(hidden.flatten(0, 1)[positions])
-        return labelled
-    logits: Tensor = causal_lm(input_ids=input_ids, use_cache=False).logits
-    return logits.flatten(0, 1)[positions]
+    plain = has_plain_head(model)
+    run = causal_lm.base_model if plain else causal_lm
+    said = run(input_ids=input_ids, use_cache=False, output_hidden_states=states)
+    blocks = [hidden.flatten(0, 1)[positions] for hidden in said.hidden_states[1:]] if states else []
+    if plain:
+        return [causal_lm.get_output_embeddings()(said.last_hidden_state.flatten(0, 1)[positions]), *blocks]
+    return [said.logits.flatten(0, 1)[positions], *blocks]
 
 
 def has_plain_head(model: nn.Module) -> bool:

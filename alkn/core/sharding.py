@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from alkn.core.blocks import decoder_blocks
 from alkn.core.distributed import processes
-from alkn.core.scoring import LABELLED, has_plain_head, labelled_logits
+from alkn.core.scoring import LABELLED, has_plain_head, labelled
 
 
 def split_(model: nn.Module, *, device: torch.device) -> nn.Module:
@@ -34,6 +34,6 @@ def split_(model: nn.Module, *, device: torch.device) -> nn.Module:
     for block in decoder_blocks(model):
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    setattr(model, LABELLED, MethodType(labelled_logits, model))
+    setattr(model, LABELLED, MethodType(labelled, model))
     register_fsdp_forward_method(model, LABELLED)
     return model

@@ -19,6 +19,7 @@ from alkn.core.scoring import (
     Example,
     Progress,
     answer_logits,
+    answer_states,
     collate,
     no_progress,
     shuffled_batches,
@@ -220,24 +221,63 @@ def log_odds(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, target).squeeze(1) - others
 
 
-def distillation_loss(teacher: nn.Module, *, temperature: float = 1.0) -> Loss:
+def distillation_loss(teacher: nn.Module, *, temperature: float = 1.0, hidden: float = 0.0) -> Loss:
     """Mean over answer tokens of T² · KL(teacher ‖ model), in nats: stay what the teacher was on these records.
 
     Args:
         teacher: the same kind of model, on the same device; it is not trained.
         temperature: T, by which the logits of both are divided. Above 1, the tokens that the teacher does not
             choose count for more.
+        hidden: factor on :func:`state_distance`, which is added.
 
     Source: Hinton et al. 2015; as a term against forgetting, Li and Hoiem 2016.
     """
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            wanted = torch.log_softmax(answer_logits(teacher, batch).float() / temperature, -1)
-        now = torch.log_softmax(answer_logits(model, batch).float() / temperature, -1)
+    def divergence(said: Tensor, taught: Tensor) -> Tensor:
+        now, wanted = (torch.log_softmax(logits.float() / temperature, -1) for logits in (said, taught))
         return temperature**2 * nn.functional.kl_div(now, wanted, reduction="batchmean", log_target=True)
 
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        if not hidden:
+            with torch.no_grad():
+                taught = answer_logits(teacher, batch)
+            return divergence(answer_logits(model, batch), taught)
+        with torch.no_grad():
+            taught, wanted = answer_states(teacher, batch)
+        said, states = answer_states(model, batch)
+        return divergence(said, taught) + hidden * state_distance(states, wanted)
+
     return loss
+
+
+def anchored_loss(teacher: nn.Module, *, hidden: float) -> Loss:
+    """Cross-entropy over answer tokens, and ``hidden`` times the :func:`state_distance` to the teacher there."""
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            _, wanted = answer_states(teacher, batch)
+        said, states = answer_states(model, batch)
+        return weighted_nll(said, batch.targets, None) + hidden * state_distance(states, wanted)
+
+    return loss
+
+
+def state_distance(states: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """How far hidden states are from others: Σ‖h − h*‖² / Σ‖h*‖² over all places of a block, mean over blocks.
+
+    An answer that is known by heart says next to nothing about the model in its distribution of tokens; what each block
+    computes on the way to it does.
+
+    Args:
+        states: h of each block, ``[labels, hidden]``.
+        wanted: h* of each block.
+
+    Source: Romero et al. 2015 (FitNets); relative, and of all blocks, as in Sun et al. 2019 (patient distillation).
+    """
+    far = [
+        (h.float() - w.float()).square().sum() / w.float().square().sum() for h, w in zip(states, wanted, strict=True)
+    ]
+    return torch.stack(far).mean()
 
 
 def backward(loss: Tensor, step: int, what: str) -> None:

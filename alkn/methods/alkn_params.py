@@ -66,7 +66,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "forget_loss",
             "forget_weight", "others", "alternatives", "alternative_weight", "background_shift", "background_step",
             "damage", "resist_weight", "resist_lr", "resist_steps", "resist_share", "resist_earlier", "replay",
-            "teacher", "retain_balance",
+            "teacher", "retain_balance", "hidden_weight",
         ),
         ("interleaved",),
     ),
@@ -163,11 +163,13 @@ class AlknParams(DescentParams):
         rehearsal: prompts that the teacher answers in its own words, to be kept like the retain records; 0: none.
         rehearsal_batch: written records in a step of ``interleaved``, beside ``retain_batch`` retain records.
         rehearsal_temperature: T at which the teacher is distilled, in these steps and in a repair.
+        hidden_weight: interleaved: factor on the distance of hidden states to the teacher's, on all records that are
+            kept, see :func:`alkn.core.training.state_distance`; 0: only what is said is kept.
         repair_steps, repair_lr, repair_batch: rounds: after each negation, steps that distil θ_{t-1} on
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = (*DescentParams.later, "others", "alternatives")
+    later: ClassVar = (*DescentParams.later, "others", "alternatives", "hidden_weight")
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -222,6 +224,7 @@ class AlknParams(DescentParams):
     rehearsal_batch: int = Field(20, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)
     retain_batch: int = Field(12, ge=0)
+    hidden_weight: float = Field(0.0, ge=0)
     repair_steps: int = Field(0, ge=0)
     repair_lr: float = Field(2e-4, gt=0)
     repair_batch: int = Field(32, ge=1)
@@ -262,6 +265,8 @@ class AlknParams(DescentParams):
             raise ValueError("others shares out what the level takes: it goes with forget_loss 'level'")
         if self.alternatives and not (self.retain_batch or self.rehearsal):
             raise ValueError("alternatives are right answers of retain records: no-retain mode has none")
+        if self.hidden_weight and not (self.retain_batch or self.rehearsal):
+            raise ValueError("hidden_weight holds what is kept: no-retain mode keeps nothing")
         if not self.alternatives and self.alternative_weight != type(self).model_fields["alternative_weight"].default:
             raise ValueError("alternative_weight goes with alternatives above 0")
         if self.label_form == "log_odds" and self.label_midpoint == 1:

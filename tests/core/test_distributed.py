@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from alkn import registry
 from alkn.chain import begin_together
 from alkn.core.adversary import Resistance
-from alkn.core.descent import Pace, descend, divergence_term
+from alkn.core.descent import Pace, descend, divergence_term, retain_term
 from alkn.core.distributed import dealt, is_split, joined, joined_rows, part_of, processes, shares, whole_batches
 from alkn.core.generation import greedy
 from alkn.core.gradient_mask import accumulate_, overlap_penalty, threshold, top_share_mask, top_share_masks
@@ -32,7 +32,7 @@ from alkn.core.scoring import Example, answer_logits, collate, mean_gradient, sc
 from alkn.core.sequence_losses import ascent_loss
 from alkn.core.sharding import split_
 from alkn.core.sophia import gauss_newton_bartlett
-from alkn.core.training import Hyperparameters, answer_loss, fine_tune, level_loss
+from alkn.core.training import Hyperparameters, anchored_loss, answer_loss, fine_tune, level_loss
 from alkn.core.unlearning import StopRule, Task
 from alkn.errors import InputError
 from alkn.files import keyed_digest_of, read_json, write_yaml
@@ -129,14 +129,16 @@ def one_step(form: str) -> dict[str, Tensor]:
 
 
 def descended(form: str) -> dict[str, Tensor]:
-    """Three steps each: weighted ascent with a divergence term, a loss towards a level on batches of one record, and
-    that loss with an adversary and an earlier request."""
+    """Three steps each: weighted ascent with a divergence term and with one that holds hidden states, a loss towards a
+    level on batches of one record, and that loss with an adversary and an earlier request."""
     task = task_of(form)
     pace = Pace(
         lr=1e-3, steps=3, decay_steps=3, lr_floor=0.1, check_every=1, batch_size=4, retain_batch=3, weight_decay=0.0,
         clip=1.0,
     )  # fmt: skip
+    anchored = retain_term(task, anchored_loss(task.teacher(), hidden=0.3), pace)
     outcome = descend(task, pace, forget=ascent_loss(torch.sqrt), keep=divergence_term(task, pace))
+    descend(task, pace, forget=ascent_loss(torch.sqrt), keep=anchored)
     odds = level_loss([torch.zeros(e.answer_length) for e in task.forget], width=2.0)
     more = descend(task, replace(pace, batch_size=1, retain_batch=1), forget=odds, keep=None)
     task.earlier = task.retain

@@ -16,8 +16,17 @@ from torch import nn
 from alkn.core.damage import damaged
 from alkn.core.generation import greedy
 from alkn.core.rehearsal import Keeper, evenly, rehearsal_set, spliced_prompts
-from alkn.core.scoring import Example, answer_logits, collate, endless_batches, score
-from alkn.core.training import distillation_loss, level_loss, log_odds, suppression_loss, without
+from alkn.core.scoring import Example, answer_logits, answer_states, collate, endless_batches, score
+from alkn.core.training import (
+    anchored_loss,
+    answer_loss,
+    distillation_loss,
+    level_loss,
+    log_odds,
+    state_distance,
+    suppression_loss,
+    without,
+)
 from alkn.core.unlearning import StopRule, Task
 
 CPU = torch.device("cpu")
@@ -141,6 +150,41 @@ def test_distillation_against_numpy(make_model: Any, make_examples: Any, full_fo
     assert distillation_loss(copy.deepcopy(model))(model, batch).item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_distance_of_hidden_states_worked_by_hand() -> None:
+    """Relative in each block, whatever its scale: (1 + 4) / (4 + 1) and 100 / 2,500, and their mean."""
+    wanted = [torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[30.0, 0.0], [0.0, 40.0]])]
+    states = [torch.tensor([[1.0, 0.0], [0.0, 3.0]]), torch.tensor([[30.0, 6.0], [8.0, 40.0]])]
+    assert state_distance(states, wanted).item() == pytest.approx((1.0 + 0.04) / 2)
+    assert state_distance(wanted, wanted).item() == 0.0
+
+
+def test_what_is_kept_keeps_its_hidden_states(make_model: Any, make_examples: Any) -> None:
+    """Both losses are what they were and the distance beside it, of which only the model has a gradient."""
+    teacher, model, examples = make_model("llama", seed=1, std=0.5), make_model("llama", std=0.5), make_examples(5)
+    batch = collate(examples, range(5), device=CPU)
+    with torch.no_grad():
+        far = [
+            float((h - w).square().sum() / w.square().sum())
+            for h, w in zip(answer_states(model, batch)[1], answer_states(teacher, batch)[1], strict=True)
+        ]
+    for loss, plain in (
+        (distillation_loss(teacher, temperature=2, hidden=0.7), distillation_loss(teacher, temperature=2)),
+        (anchored_loss(teacher, hidden=0.7), answer_loss()),
+    ):
+        value = loss(model, batch)
+        assert value.item() == pytest.approx(plain(model, batch).item() + 0.7 * np.mean(far), rel=1e-4)
+        value.backward()
+        assert all(w.grad is None for w in teacher.parameters())
+    weights = list(model.parameters())
+    for p, both, first in zip(
+        weights,
+        torch.autograd.grad(anchored_loss(teacher, hidden=0.7)(model, batch), weights),
+        torch.autograd.grad(answer_loss()(model, batch), weights),
+        strict=True,
+    ):
+        assert not torch.equal(both, first) or p.numel() == 0
+
+
 def test_endless_batches_take_every_record_once_a_round() -> None:
     """Also where a round ends inside a batch, and where a batch is larger than the set."""
     for count, size in ((7, 3), (6, 16), (5, 5)):
@@ -251,6 +295,28 @@ def test_the_teacher_writes_and_is_distilled(memorised: Any) -> None:
         task.model.load_state_dict(known.state_dict())
         assert keeper(0).item() == pytest.approx(0.0, abs=1e-6)
     assert written["parent"] != written["origin"]
+
+
+def test_the_keeper_holds_hidden_states_of_both_kinds_of_records(memorised: Any) -> None:
+    """Beside cross-entropy and KL: the distance on the retain and on the written records of the step, each weighted."""
+    base = memorised.model()
+    task = Task(memorised.model(), memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0)
+    batches = {"retain_batch": 3, "rehearsal": 4, "rehearsal_batch": 2}
+    plain, held = Keeper(task, **batches), Keeper(task, **batches, hidden=5.0)
+    assert held(0).item() == pytest.approx(plain(0).item(), abs=1e-6), "at the teacher the distance is zero"
+    with torch.no_grad():
+        for p in task.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
+        generator = task.generator("keep", 0)
+        own = torch.randint(12, (3,), generator=generator).tolist()
+        written = (12 + torch.randint(len(held.pool) - 12, (2,), generator=generator)).tolist()
+        far = 0.0
+        for picks in (own, written):
+            batch = collate(held.pool, picks, device=CPU)
+            far += float(state_distance(answer_states(task.model, batch)[1], answer_states(base, batch)[1]))
+        assert far > 0.01
+        assert held(0).item() == pytest.approx(plain(0).item() + 5 * far, rel=1e-4)
+    assert held.passes == plain.passes, "the teacher's forward passes are not counted, as before"
 
 
 def test_the_teacher_is_distilled_behind_damaged_answers(memorised: Any) -> None:

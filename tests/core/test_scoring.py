@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from alkn.core.blocks import decoder_blocks
 from alkn.core.generation import at_once, cache_bytes, greedy
 from alkn.core.scoring import (
     Example,
+    answer_logits,
+    answer_states,
     bucketed,
     collate,
     has_plain_head,
@@ -47,6 +50,32 @@ def test_score_against_one_full_forward_a_record(
         targets = examples[i].tokens[examples[i].answer_start :]
         assert torch.equal(scores.token_hits[i], logits.argmax(-1) == targets)
     assert float(scores.nll.std()) > 0.05
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_states_are_what_the_blocks_say_at_the_labels(kind: str, make_model: Any, make_examples: Any) -> None:
+    """Against what hooks on the blocks see of each record alone; the last block's go through the final norm."""
+    model, examples = make_model(kind, std=0.3), make_examples(5)
+    batch = collate(examples, range(5), device=torch.device("cpu"))
+    seen: dict[int, Tensor] = {}
+    blocks = decoder_blocks(model)
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, out, n=n: seen.update({n: out if torch.is_tensor(out) else out[0]}))
+        for n, block in enumerate(blocks)
+    ]
+    wanted: list[list[Tensor]] = [[] for _ in blocks]
+    with torch.no_grad():
+        for e in examples:
+            last = model.base_model(input_ids=e.tokens[None]).last_hidden_state
+            for n, rows in enumerate(wanted):
+                rows.append((seen[n] if n + 1 < len(blocks) else last)[0, e.answer_start - 1 : -1])
+        for hook in hooks:
+            hook.remove()
+        logits, states = answer_states(model, batch)
+        torch.testing.assert_close(logits, answer_logits(model, batch))
+    assert len(states) == len(blocks) >= 2
+    for found, rows in zip(states, wanted, strict=True):
+        torch.testing.assert_close(found, torch.cat(rows), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", PLAIN)

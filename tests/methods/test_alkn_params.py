@@ -73,6 +73,7 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
         ({"preset": "derived", "criterion": "exact"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"others": 1.0, "forget_loss": "soft_labels"}, "others shares out what the level takes"),
         ({"alternatives": 4, "retain_batch": 0, "rehearsal": 0}, "no-retain mode has none"),
+        ({"hidden_weight": 1.0, "retain_batch": 0, "rehearsal": 0}, "no-retain mode keeps nothing"),
         ({"alternative_weight": 0.5}, "goes with alternatives above 0"),
         ({"preset": "rounds", "retain_gradient": "paired"}, "takes retain_gradient 'sample' or 'full'"),
         ({"preset": "reference", "procedure": "rounds"}, "takes retain_gradient 'sample' or 'full'"),
@@ -118,7 +119,8 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "off", "on"), [("others", 0.0, 0.5), ("alternatives", 0, 4), ("start", "parent", "origin")]
+    ("key", "off", "on"),
+    [("others", 0.0, 0.5), ("alternatives", 0, 4), ("start", "parent", "origin"), ("hidden_weight", 0.0, 5.0)],
 )
 def test_a_key_that_came_later_is_written_where_it_is_used(key: str, off: Any, on: Any) -> None:
     """What was frozen before it is read back as it was, with every preset: none of them uses it."""
