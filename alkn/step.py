@@ -10,9 +10,8 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -100,10 +99,7 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
     parent = project.step(plan.previous)
     remote = plan.settings.base.trust_remote_code
     encoder = Encoder.of(parent.model, plan.settings)
-    params: Any = plan.settings.method.params
-    anew = getattr(params, "start", "parent") == "origin"
-    begin = _origin(project, plan) if anew else parent
-    model, stored = _trainable(begin, runtime, plan.settings)
+    model, stored = _trainable(parent, runtime, plan.settings)
     records = load_split(project, "retain")
     retain = encoder.record_set("retain", records)
     domains = {int(record["id"]): domain for domain, group in by_domain(records).items() for record in group}
@@ -114,21 +110,19 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
         retain_domains=[domains[number] for number in retain.ids],
         stop=_scaled(plan.limits, plan.settings.targets.margin),
         seed=seed_of(plan.settings.seed, "step", plan.request),
-        state=load_file(begin.state) if begin.state.is_file() else {},
+        state=load_file(parent.state) if parent.state.is_file() else {},
         eos=encoder.tokenizer.eos_token_id,
         refusals=[encoder.answer(text) for text in REFUSALS],
         stored=stored,
-        before=(lambda: _trainable(begin, runtime, plan.settings)[0]) if runtime.split else None,
+        before=(lambda: _trainable(parent, runtime, plan.settings)[0]) if runtime.split else None,
         autocast=runtime.autocast,
         progress=progress,
     )
     if plan.settings.method.name == "retrain":
         task.rest = _rest(project, plan, encoder)
-    if anew:
-        groups = [*_replayed(project, plan, encoder), task.forget]
-        task.forget, task.requests = list(chain(*groups)), [len(group) for group in groups]
-    elif getattr(params, "replays", False):
-        task.earlier = list(chain(*_replayed(project, plan, encoder)))
+    params: Any = plan.settings.method.params
+    if getattr(params, "replays", False):
+        task.earlier = _replayed(project, plan, encoder)
         task.origin = lambda: _trainable(_origin(project, plan), runtime, plan.settings)[0]
     with _adapted(task, plan.settings):
         outcome = registry.methods[plan.settings.method.name].call(task, params)
@@ -396,10 +390,10 @@ def _rest(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
     return [example for example in examples if tuple(example.tokens.tolist()) not in gone]
 
 
-def _replayed(project: Project, plan: Plan, encoder: Encoder) -> list[Sequence[Example]]:
-    """The records of each earlier request that can still be read, in the order of the chain."""
+def _replayed(project: Project, plan: Plan, encoder: Encoder) -> list[Example]:
+    """The records of the earlier requests that can still be read, in the order of the chain."""
     names = [name for name in plan.earlier if name not in plan.attested]
-    return [encoder.examples(name, read_jsonl(project.request(name))) for name in names]
+    return [example for name in names for example in encoder.examples(name, read_jsonl(project.request(name)))]
 
 
 def _origin(project: Project, plan: Plan) -> Step:

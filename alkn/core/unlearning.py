@@ -19,8 +19,6 @@ from alkn.errors import InputError
 
 Teacher = Literal["parent", "origin"]
 """Whose words are kept: θ_{t-1}'s, or those of the model before every request that is replayed."""
-Start = Literal["parent", "origin"]
-"""Where a request's step begins: at θ_{t-1}; or at the model before all requests, which are forgotten anew together."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,9 @@ class Forgetting:
     exact_memorization: float
 
     @classmethod
-    def of(cls, scores: Scores, requests: Sequence[int] = ()) -> Forgetting:
-        """The two numbers of a set's scores: of each the largest mean over so many records after another; none: all."""
-        sizes = list(requests) or [scores.probability.numel()]
-        parts = zip(scores.probability.split(sizes), scores.exact_memorization.split(sizes), strict=True)
-        means = [(float(p.mean()), float(memorized.mean())) for p, memorized in parts]
-        return cls(max(p for p, _ in means), max(memorized for _, memorized in means))
+    def of(cls, scores: Scores) -> Forgetting:
+        """The two numbers of a set's scores."""
+        return cls(float(scores.probability.mean()), float(scores.exact_memorization.mean()))
 
     def worst(self, other: Forgetting) -> Forgetting:
         """The larger of each number."""
@@ -86,10 +81,8 @@ class Task:
     """One request, as a method sees it.
 
     Attributes:
-        model: the model that the step begins with, θ_{t-1} unless all requests are forgotten anew, in float32 on its
-            device; the method changes it in place into θ_t.
-        forget: D_u, the encoded records of the request; forgotten anew, those of the earlier requests before them.
-        requests: how many of ``forget`` are each request's, in their order; empty: all are of one.
+        model: θ_{t-1} in float32 on its device; the method changes it in place into θ_t.
+        forget: D_u, the encoded records of the request.
         retain: D_r, the encoded records that G_r and retain losses are drawn from.
         retain_domains: the domain of each of them; empty: they are of one.
         stop: when the request is forgotten.
@@ -104,10 +97,9 @@ class Task:
         stored: precision in which the model will be stored; weights are rounded to it.
         as_stored: context in which the model computes with the weights that would be stored, where rounding
             what is trained does not give them (adapters); ``None``: it does.
-        before: reads what ``model`` was again, as a model of its own on the same device; ``None``: the model is
-            copied.
+        before: reads θ_{t-1} again, as a model of its own on the same device; ``None``: the model is copied.
         origin: reads the model before every one of ``earlier``, as a model of its own on the same device; ``None``:
-            that is what ``model`` was.
+            that is θ_{t-1}.
         linear: whether the model's weights are linear in what is trained, so that differences can be scaled.
         autocast: context of the forward passes in training.
         progress: told about long work.
@@ -118,7 +110,6 @@ class Task:
     retain: Sequence[Example]
     stop: StopRule
     seed: int
-    requests: Sequence[int] = ()
     retain_domains: Sequence[str] = ()
     earlier: Sequence[Example] = ()
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -212,14 +203,10 @@ class Task:
         return measured
 
     def measure(self, records: Sequence[Example] | None = None) -> tuple[Forgetting, Scores]:
-        """Score records with the model as it is; adapters as they would be stored.
-
-        Args:
-            records: which; ``None``: the forget set, of whose requests the worst is told.
-        """
+        """Score records, by default the forget set, with the model as it is; adapters as they would be stored."""
         with self.as_stored() if self.as_stored is not None else nullcontext():
             scores = score(self.model, self.forget if records is None else records)
-        return Forgetting.of(scores, self.requests if records is None else ()), scores
+        return Forgetting.of(scores), scores
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "steps": 480, "decay_steps": 360, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.1,
-        "retain_balance": "domains",
+        "steps": 360, "decay_steps": 240, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.35,
+        "resist_earlier": 1.0, "retain_balance": "domains", "hidden_weight": 20.0,
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -169,7 +169,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = (*DescentParams.later, "others", "alternatives", "hidden_weight")
+    later: ClassVar = ("others", "alternatives")
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -224,7 +224,7 @@ class AlknParams(DescentParams):
     rehearsal_batch: int = Field(20, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)
     retain_batch: int = Field(12, ge=0)
-    hidden_weight: float = Field(0.0, ge=0)
+    hidden_weight: float = Field(10.0, ge=0)
     repair_steps: int = Field(0, ge=0)
     repair_lr: float = Field(2e-4, gt=0)
     repair_batch: int = Field(32, ge=1)
@@ -265,8 +265,6 @@ class AlknParams(DescentParams):
             raise ValueError("others shares out what the level takes: it goes with forget_loss 'level'")
         if self.alternatives and not (self.retain_batch or self.rehearsal):
             raise ValueError("alternatives are right answers of retain records: no-retain mode has none")
-        if self.hidden_weight and not (self.retain_batch or self.rehearsal):
-            raise ValueError("hidden_weight holds what is kept: no-retain mode keeps nothing")
         if not self.alternatives and self.alternative_weight != type(self).model_fields["alternative_weight"].default:
             raise ValueError("alternative_weight goes with alternatives above 0")
         if self.label_form == "log_odds" and self.label_midpoint == 1:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 from pydantic import Field
 
 from alkn.core.descent import Pace
-from alkn.core.unlearning import Start
 from alkn.registry import Params
 
 
 class PaceParams(Params):
-    """Where a step begins, and its rate, length and batches without a retain term: :class:`alkn.core.descent.Pace`.
+    """Rate, length and batches without a retain term; :class:`alkn.core.descent.Pace` says what each means."""
 
-    Attributes:
-        start: ``origin``: at the model before all requests whose records may still be read; this one and those are
-            forgotten anew, together, and what each step damages does not add up over a chain. ``parent``: at θ_{t-1}.
-    """
-
-    later: ClassVar[tuple[str, ...]] = ("start",)
-    start: Start = "parent"
     lr: float = Field(1e-4, gt=0)
     steps: int = Field(400, ge=1)
     decay_steps: int = Field(0, ge=0)
