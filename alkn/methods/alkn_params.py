@@ -169,7 +169,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others", "alternatives")
+    later: ClassVar = ("others", "alternatives", "hidden_weight")
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -224,7 +224,7 @@ class AlknParams(DescentParams):
     rehearsal_batch: int = Field(20, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)
     retain_batch: int = Field(12, ge=0)
-    hidden_weight: float = Field(10.0, ge=0)
+    hidden_weight: float = Field(0.0, ge=0)
     repair_steps: int = Field(0, ge=0)
     repair_lr: float = Field(2e-4, gt=0)
     repair_batch: int = Field(32, ge=1)
@@ -251,7 +251,9 @@ class AlknParams(DescentParams):
         """Whether a dump has the key: what is not read says nothing about a step."""
         if key == "alternative_weight" and not self.alternatives:
             return False
-        return self.procedure in READ_BY.get(key, (self.procedure,)) and super().is_written(key)
+        if self.procedure not in READ_BY.get(key, (self.procedure,)):
+            return False
+        return key in PRESETS[self.preset] or super().is_written(key)
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:
