@@ -41,7 +41,7 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "steps": 360, "decay_steps": 240, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.35,
+        "steps": 360, "decay_steps": 240, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.55,
         "resist_earlier": 1.0, "retain_balance": "domains", "hidden_weight": 20.0,
     },
     "rounds": {
