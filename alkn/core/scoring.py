@@ -178,7 +178,7 @@ def labelled(model: nn.Module, input_ids: Tensor, positions: Tensor, *, states: 
     causal_lm: Any = model
     plain = has_plain_head(model)
     run = causal_lm.base_model if plain else causal_lm
-    said = run(input_ids=input_ids, use_cache=False, **({"output_hidden_states": True} if states else {}))
+    said = run(input_ids=input_ids, use_cache=False, output_hidden_states=states)
     blocks = [hidden.flatten(0, 1)[positions] for hidden in said.hidden_states[1:]] if states else []
     if plain:
         return [causal_lm.get_output_embeddings()(said.last_hidden_state.flatten(0, 1)[positions]), *blocks]

@@ -128,13 +128,13 @@ class Bigram(nn.Module):
         )
         self.head = nn.Identity()
 
-    def base_model(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+    def base_model(self, input_ids: Tensor, **_: bool) -> SimpleNamespace:
         return SimpleNamespace(last_hidden_state=self.table(input_ids))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 
-    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, **_: bool) -> SimpleNamespace:
         return SimpleNamespace(logits=self.head(self.table(input_ids)))
 
 
