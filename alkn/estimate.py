@@ -20,7 +20,7 @@ from alkn.runtime import Runtime
 from alkn.settings import Settings
 
 PROBE_RECORDS = 32
-FIRST_GUESS_PASSES = 100
+FIRST_GUESS_PASSES = 120
 """Record passes a forget record where the chain has no step to learn from (docs/EXPERIMENTS.md)."""
 COPIES = 8
 """float32 copies of the weights at the peak: model, θ, gradient, G_r, two moments, step, mask."""

@@ -23,7 +23,7 @@ class Params(BaseModel):
 
     Attributes:
         later: keys that came after settings had been frozen: written only where they are used, so that those stay the
-            same. What was frozen with a preset that has come to use one is read as if it had it.
+            same.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -37,6 +37,8 @@ class Pace:
         retain_batch: retain records a step, drawn with replacement; 0: no retain term.
         weight_decay: AdamW's decoupled decay.
         clip: largest norm of the whole gradient; ``None``: not clipped.
+        overtime: factor on the rate at each measurement that misses the target when the schedule is over, until it is
+            ``lr`` again; 1: it stays at ``lr_floor`` of it.
     """
 
     lr: float
@@ -48,12 +50,16 @@ class Pace:
     retain_batch: int
     weight_decay: float
     clip: float | None
+    overtime: float = 1.0
 
     def rate(self, step: int) -> float:
         """The learning rate of step ``step``, counted from 0."""
         if self.decay_steps == 0:
             return self.lr
-        return self.lr * max(self.lr_floor, 1 - step / self.decay_steps)
+        if step < self.decay_steps:
+            return self.lr * max(self.lr_floor, 1 - step / self.decay_steps)
+        missed = 1 + (step - self.decay_steps) // self.check_every
+        return self.lr * min(1.0, self.lr_floor * self.overtime**missed)
 
     def portion(self, records: int) -> int:
         """Forget records a step if an epoch of so many is to take at least as long as a measurement."""

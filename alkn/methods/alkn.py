@@ -6,6 +6,7 @@ Six presets (docs/METHOD.md): ``interleaved``, the default, and ``resistant`` ne
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -38,7 +39,10 @@ from alkn.methods.alkn_params import (
 from alkn.registry import register_method
 
 OVERTIME = 1.1
-"""Factor on the weight of forgetting at each measurement that misses the target when the schedule is over."""
+"""Factor on rate and weight of forgetting at each measurement that misses the target when the schedule is over.
+
+Weight alone would ruin the rest where little is learned in a step any more: the balance shifts, and nothing else does.
+"""
 
 
 @register_method("alkn", params=AlknParams, source=PAPER)
@@ -72,7 +76,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             by_domain=p.retain_balance == "domains", damage=p.damage, hidden=p.hidden_weight,
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
-    pace = p.pace()
+    pace = dataclasses.replace(p.pace(), overtime=OVERTIME)
     level = None
     if not pushes or p.resist_weight:
         says = None

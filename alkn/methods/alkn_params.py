@@ -41,8 +41,8 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "steps": 360, "decay_steps": 240, "rehearsal_batch": 40, "rehearsal": 8000, "resist_weight": 0.4,
-        "resist_earlier": 1.0, "retain_balance": "domains", "hidden_weight": 20.0, "alternatives": 8,
+        "steps": 360, "decay_steps": 240, "forget_weight": 0.25, "alternative_weight": 0.25, "rehearsal": 8000,
+        "rehearsal_batch": 40, "resist_weight": 0.4, "resist_earlier": 1.0, "retain_balance": "domains",
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -141,7 +141,8 @@ class AlknParams(DescentParams):
         others: factor on what holds all other tokens to the proportions that the teacher gives them, see
             :func:`alkn.core.training.level_loss`; 0: nothing does.
         alternatives: interleaved: alternative answers in a step, of the request and as many of earlier ones that are
-            replayed, see :func:`alkn.core.alternatives.alternatives`; of a small request fewer. 0: none.
+            replayed, see :func:`alkn.core.alternatives.alternatives`; of a small request fewer. 0: none, nor are
+            there any in no-retain mode.
         alternative_weight: factor on the cross-entropy on them.
         background_shift: where the level lies, see :class:`alkn.core.level.Level`.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
@@ -169,7 +170,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others", "alternatives", "hidden_weight")
+    later: ClassVar = ("others",)
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -205,10 +206,10 @@ class AlknParams(DescentParams):
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
     forget_loss: Literal["soft_labels", "level"] = "level"
-    forget_weight: float = Field(0.25, gt=0)
+    forget_weight: float = Field(0.6, gt=0)
     others: float = Field(0.0, ge=0)
-    alternatives: int = Field(0, ge=0)
-    alternative_weight: float = Field(0.25, gt=0)
+    alternatives: int = Field(8, ge=0)
+    alternative_weight: float = Field(0.4, gt=0)
     background_shift: float = 2.2
     background_step: float = Field(0.1, ge=0)
     damage: float = Field(0.4, ge=0, lt=1)
@@ -221,10 +222,10 @@ class AlknParams(DescentParams):
     teacher: Teacher = "origin"
     retain_balance: Literal["records", "domains"] = "records"
     rehearsal: int = Field(1200, ge=0)
-    rehearsal_batch: int = Field(20, ge=1)
+    rehearsal_batch: int = Field(16, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)
     retain_batch: int = Field(12, ge=0)
-    hidden_weight: float = Field(0.0, ge=0)
+    hidden_weight: float = Field(20.0, ge=0)
     repair_steps: int = Field(0, ge=0)
     repair_lr: float = Field(2e-4, gt=0)
     repair_batch: int = Field(32, ge=1)
@@ -249,11 +250,9 @@ class AlknParams(DescentParams):
 
     def is_written(self, key: str) -> bool:
         """Whether a dump has the key: what is not read says nothing about a step."""
-        if key == "alternative_weight" and not self.alternatives:
-            return False
         if self.procedure not in READ_BY.get(key, (self.procedure,)):
             return False
-        return key in PRESETS[self.preset] or super().is_written(key)
+        return super().is_written(key)
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:
@@ -265,10 +264,6 @@ class AlknParams(DescentParams):
             raise ValueError("teacher 'origin' says again what was forgotten since: it needs a replay above 0")
         if self.others and self.forget_loss != "level":
             raise ValueError("others shares out what the level takes: it goes with forget_loss 'level'")
-        if self.alternatives and not (self.retain_batch or self.rehearsal):
-            raise ValueError("alternatives are right answers of retain records: no-retain mode has none")
-        if not self.alternatives and self.alternative_weight != type(self).model_fields["alternative_weight"].default:
-            raise ValueError("alternative_weight goes with alternatives above 0")
         if self.label_form == "log_odds" and self.label_midpoint == 1:
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         if self.ternary_share is not None and self.retain_momentum > 0:

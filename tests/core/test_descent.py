@@ -182,3 +182,14 @@ def test_a_bar_shows_what_is_left(decay_steps: int, expected: list[int], memoris
     )  # fmt: skip
     descend(task, replace(PACE, lr=1e-9, steps=4, decay_steps=decay_steps), forget=ascent, keep=None)
     assert told == [(step, total) for step, total in enumerate(expected)]
+
+
+def test_the_rate_falls_over_the_schedule_and_rises_in_overtime() -> None:
+    """By hand: from .8 by .2 a step to half of it; when it is over 1.2 × at each measurement, every two steps."""
+    pace = replace(PACE, lr=0.8, decay_steps=4, lr_floor=0.5, check_every=2)
+    assert [pace.rate(step) for step in range(7)] == pytest.approx([0.8, 0.6, 0.4, 0.4, 0.4, 0.4, 0.4])
+    over = replace(pace, overtime=1.2)
+    assert [over.rate(step) for step in range(2, 11)] == pytest.approx(
+        [0.4, 0.4, 0.48, 0.48, 0.576, 0.576, 0.6912, 0.6912, 0.8]
+    )
+    assert {replace(over, decay_steps=0).rate(step) for step in (0, 9, 99)} == {0.8}

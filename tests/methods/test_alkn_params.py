@@ -9,7 +9,6 @@ from alkn_cases import PRESETS
 from method_cases import NEVER, task_of
 from pydantic import ValidationError
 
-from alkn.methods import alkn_params
 from alkn.methods.alkn import alkn
 from alkn.methods.alkn_params import READ_BY, AlknParams
 from alkn.registry import methods
@@ -72,8 +71,6 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
         ({"procedure": "once", "label_form": "paper"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"preset": "derived", "criterion": "exact"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"others": 1.0, "forget_loss": "soft_labels"}, "others shares out what the level takes"),
-        ({"alternatives": 4, "retain_batch": 0, "rehearsal": 0}, "no-retain mode has none"),
-        ({"alternative_weight": 0.5}, "goes with alternatives above 0"),
         ({"preset": "rounds", "retain_gradient": "paired"}, "takes retain_gradient 'sample' or 'full'"),
         ({"preset": "reference", "procedure": "rounds"}, "takes retain_gradient 'sample' or 'full'"),
         (
@@ -101,7 +98,7 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
         params = AlknParams(preset=preset)  # type: ignore[arg-type]
         defaults = params.model_dump()
         granted = {k for k in AlknParams.model_fields if procedure in READ_BY.get(k, (procedure,))}
-        assert {*defaults} == granted - {*AlknParams.later, "alternative_weight"}
+        assert {*defaults} == granted - {*AlknParams.later}
         for key in AlknParams.model_fields:
             value = getattr(params, key)
             assert AlknParams.model_validate({"preset": preset, key: value}).model_dump() == defaults
@@ -117,20 +114,12 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
     assert cause.faults[0][1].endswith("only 'rounds' and 'once'")
 
 
-@pytest.mark.parametrize(
-    ("key", "off", "on"), [("others", 0.0, 0.5), ("alternatives", 0, 4), ("hidden_weight", 0.0, 5.0)]
-)
-def test_a_key_that_came_later_is_written_where_it_is_used(key: str, off: float, on: float) -> None:
-    """What was frozen before it is read back as it was, but with a preset that has come to use it."""
-    assert key not in AlknParams.model_validate({key: off}).model_dump()
-    used = AlknParams.model_validate({key: on})
-    assert used.model_dump()[key] == on and AlknParams.model_validate(used.model_dump()) == used
-    assert ("alternative_weight" in used.model_dump()) == (key == "alternatives")
-    for preset, values in alkn_params.PRESETS.items():
-        if key in values:
-            without = AlknParams.model_validate({"preset": preset, key: off})
-            assert without.model_dump()[key] == off and AlknParams.model_validate(without.model_dump()) == without
-            assert AlknParams.model_validate({"preset": preset}).model_dump()[key] == values[key]
+def test_a_key_that_came_later_is_written_where_it_is_used() -> None:
+    """What was frozen before it is read back as it was."""
+    (key,) = AlknParams.later
+    assert key not in AlknParams.model_validate({key: 0.0}).model_dump()
+    used = AlknParams.model_validate({key: 0.5})
+    assert used.model_dump()[key] == 0.5 and AlknParams.model_validate(used.model_dump()) == used
 
 
 class Watched(AlknParams):
@@ -150,7 +139,7 @@ READ: set[str] = set()
 EVERYTHING: dict[str, list[dict[str, Any]]] = {
     "interleaved": [
         {"steps": 2, "rehearsal": 2, "decay_steps": 1, "check_every": 1, "forget_loss": "soft_labels"},
-        {"steps": 5, "rehearsal": 2, "decay_steps": 1, "resist_weight": 0.2, "alternatives": 2},
+        {"steps": 5, "rehearsal": 2, "decay_steps": 1, "resist_weight": 0.2},
     ],
     "rounds": [
         {"steps": 2, "criterion": "m", "overlap": "product_std", "repair_steps": 1, "ternary_share": 0.5},
@@ -174,5 +163,5 @@ def test_which_procedure_reads_which_key(procedure: str, memorised: Any) -> None
     granted = {key for key in AlknParams.model_fields if procedure in READ_BY.get(key, (procedure,))}
     # Shared parts look at these two in passing, where they change nothing of the model.
     assert read - granted <= {"protection", "retain_momentum"}
-    # It has filled in the others. Where they are written, as for the pace, it is read again.
-    assert granted - read == (set() if procedure == "interleaved" else {"preset"})
+    # It has filled in the others.
+    assert granted - read == {"preset"}
