@@ -38,7 +38,7 @@ class Pace:
         weight_decay: AdamW's decoupled decay.
         clip: largest norm of the whole gradient; ``None``: not clipped.
         overtime: factor on the rate at each measurement that misses the target when the schedule is over, until it is
-            ``lr`` again; 1: it stays at ``lr_floor`` of it.
+            ``lr`` again (a floor of 0 stays 0); 1: it stays at the floor.
     """
 
     lr: float
@@ -53,12 +53,12 @@ class Pace:
     overtime: float = 1.0
 
     def rate(self, step: int) -> float:
-        """The learning rate of step ``step``, counted from 0."""
+        """The learning rate of step ``step``, counted from 0; one after the schedule is there only if all missed."""
         if self.decay_steps == 0:
             return self.lr
         if step < self.decay_steps:
             return self.lr * max(self.lr_floor, 1 - step / self.decay_steps)
-        missed = 1 + (step - self.decay_steps) // self.check_every
+        missed = step // self.check_every - (self.decay_steps - 1) // self.check_every
         return self.lr * min(1.0, self.lr_floor * self.overtime**missed)
 
     def portion(self, records: int) -> int:

@@ -39,7 +39,7 @@ from alkn.methods.alkn_params import (
 from alkn.registry import register_method
 
 OVERTIME = 1.1
-"""Factor on rate and weight of forgetting at each measurement that misses the target when the schedule is over.
+"""Factor on rate and forget weight at each measurement that misses the target when the schedule of a level is over.
 
 Weight alone would ruin the rest where little is learned in a step any more: the balance shifts, and nothing else does.
 """
@@ -56,7 +56,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     """Every step negates one step of the forget task vector and repairs, in one AdamW update.
 
     The repair is the retain cross-entropy and the distillation of a teacher on records in its own words: of the model
-    before all requests whose records are replayed. The forget part is a loss on the log-odds of the answer tokens: each
+    before all requests whose records are replayed; both hold its hidden states as well. Forgotten questions are trained
+    with right answers of the nearest kept records. The forget part is a loss on the log-odds of the answer tokens: each
     is brought to the level of a model that never saw the record, or soft labels push down what is known and rest while
     the target is met. What is forgotten and what the teacher says is asked for behind damaged answers too. An adversary
     who relearns may be held off in the same update.
@@ -76,7 +77,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
             by_domain=p.retain_balance == "domains", damage=p.damage, hidden=p.hidden_weight,
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
-    pace = dataclasses.replace(p.pace(), overtime=OVERTIME)
+    pace = p.pace() if pushes else dataclasses.replace(p.pace(), overtime=OVERTIME)
     level = None
     if not pushes or p.resist_weight:
         says = None

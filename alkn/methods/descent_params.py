@@ -24,7 +24,7 @@ class PaceParams(Params):
 
     def pace(self) -> Pace:
         """The part that the loop reads."""
-        read = {field.name for field in dataclasses.fields(Pace)} & {*type(self).model_fields}
+        read = {field.name for field in dataclasses.fields(Pace)}
         return Pace(**{"retain_batch": 0, **self.model_dump(include=read)})
 
 

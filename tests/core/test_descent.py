@@ -192,4 +192,7 @@ def test_the_rate_falls_over_the_schedule_and_rises_in_overtime() -> None:
     assert [over.rate(step) for step in range(2, 11)] == pytest.approx(
         [0.4, 0.4, 0.48, 0.48, 0.576, 0.576, 0.6912, 0.6912, 0.8]
     )
+    # At measurements, also where the schedule ends between two of them.
+    between = replace(over, decay_steps=3)
+    assert [between.rate(step) for step in range(3, 8)] == pytest.approx([0.4, 0.48, 0.48, 0.576, 0.576])
     assert {replace(over, decay_steps=0).rate(step) for step in (0, 9, 99)} == {0.8}

@@ -41,7 +41,7 @@ def test_weights_are_rounded_to_the_stored_precision(preset: str, memorised: Any
 def run(memorised: Any, preset: str, *, seed: int = 0, **more: Any) -> tuple[Task, Outcome]:
     task = task_of(memorised, seed=seed, stop=StopRule(0.5, 1.0), **more)
     if preset in ("interleaved", "resistant"):
-        return task, alkn(task, interleaved_of(preset=preset))
+        return task, alkn(task, interleaved_of(preset=preset, alternatives=8, hidden_weight=20.0))
     quick = {"lr": 2e-3, "retain_sample": 9} | ({"steps": 30} if preset == "rounds" else {})
     return task, alkn(task, AlknParams.model_validate({"preset": preset} | quick))
 

@@ -15,13 +15,14 @@ from scipy.special import expit
 from alkn.core.alternatives import alternatives
 from alkn.core.background import BackgroundModel
 from alkn.core.damage import damaged
+from alkn.core.descent import Pace, descend
 from alkn.core.generation import greedy
 from alkn.core.level import Level, Sureness
 from alkn.core.scoring import Batch, Scores, answer_logits, collate, score
 from alkn.core.training import without
-from alkn.core.unlearning import Forgetting, StopRule, Task
+from alkn.core.unlearning import Forgetting, Outcome, StopRule, Task
 from alkn.errors import InputError
-from alkn.methods.alkn import _level, alkn
+from alkn.methods.alkn import OVERTIME, _level, alkn
 from alkn.methods.alkn_params import AlknParams
 
 
@@ -84,7 +85,7 @@ def test_interleaved_without_rehearsal(memorised: Any) -> None:
 def test_interleaved_without_retain_records(memorised: Any) -> None:
     """No-retain mode: nothing is kept and nothing is drawn on; asking for either names the keys."""
     task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
-    outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0))
+    outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0, alternatives=8, hidden_weight=20.0))
     assert outcome.reached and outcome.passes == 2 * outcome.history[-1]["round"]
     task = Task(model=memorised.model(), forget=memorised.forget, retain=[], stop=STOP, seed=0)
     outcome = alkn(task, interleaved_of(rehearsal=0, retain_batch=0, forget_loss="soft_labels"))
@@ -149,7 +150,7 @@ def test_what_is_damaged(
 
 def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
     """Without keeping parts: two forget records a step, one that he has, five that he has not."""
-    alone = {"preset": "resistant", "steps": 7, "rehearsal": 0, "retain_batch": 0, "alternatives": 0}
+    alone = {"preset": "resistant", "steps": 7, "rehearsal": 0, "retain_batch": 0}
     plain, held = (
         alkn(task_of(memorised, stop=NEVER), AlknParams.model_validate(alone | {"resist_weight": weight}))
         for weight in (0.0, 0.3)
@@ -188,11 +189,28 @@ def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
 def test_what_the_keeping_parts_hold_on_to_is_forgotten_in_overtime(
     memorised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With next to no weight the target is not met in 400 steps; it is where the weight grows after the schedule."""
+    """With next to no weight the target is not met in 400 steps; it is where both grow after the schedule."""
     p = interleaved_of(forget_weight=0.002, decay_steps=20, steps=400)
     assert alkn(task_of(memorised), p).reached
     monkeypatch.setattr("alkn.methods.alkn.OVERTIME", 1.0)
     assert not alkn(task_of(memorised), p).reached
+
+
+@pytest.mark.parametrize(("forget_loss", "expected"), [("level", OVERTIME), ("soft_labels", 1.0)])
+def test_the_rate_grows_in_overtime_beside_the_weight(
+    forget_loss: str, expected: float, memorised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Soft labels have no weight that grows, and their rate stays."""
+    paces: list[Pace] = []
+
+    def watched(task: Task, pace: Pace, **more: Any) -> Outcome:
+        paces.append(pace)
+        return descend(task, pace, **more)
+
+    monkeypatch.setattr("alkn.methods.alkn.descend", watched)
+    alkn(task_of(memorised, stop=NEVER), interleaved_of(steps=1, forget_loss=forget_loss))
+    (pace,) = paces
+    assert pace.overtime == expected and pace.rate(60) == pytest.approx(2e-3 * 0.1 * expected)
 
 
 def test_others_keep_the_proportions_that_the_teacher_gives_them(memorised: Any) -> None:
