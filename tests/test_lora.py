@@ -300,8 +300,8 @@ def test_wrong_settings_are_told(values: dict[str, Any], message: str) -> None:
 
 def test_a_whole_step(tiny_project: Callable[..., Project]) -> None:
     """Parent's names, rank of the change, the same bytes again; the adapters themselves are nowhere on disk."""
-    # Four records have a sixteenth of the weight of a batch, and here a sixth of the usual steps: the weight is raised.
-    method = {"name": "alkn", "lr": 8e-3, "rehearsal": 16, "decay_steps": 20, "steps": 100, "forget_weight": 4.0}
+    # Four records have a sixteenth of the weight of a batch, and here a sixth of the usual schedule: it is raised.
+    method = {"name": "alkn", "lr": 8e-3, "rehearsal": 16, "decay_steps": 20, "forget_weight": 4.0}
     digests = []
     for _ in range(2):
         project = tiny_project("r001", lora={"rank": 4}, method=method)
