@@ -250,9 +250,7 @@ class AlknParams(DescentParams):
 
     def is_written(self, key: str) -> bool:
         """Whether a dump has the key: what is not read says nothing about a step."""
-        if self.procedure not in READ_BY.get(key, (self.procedure,)):
-            return False
-        return super().is_written(key)
+        return self.procedure in READ_BY.get(key, (self.procedure,)) and super().is_written(key)
 
     @model_validator(mode="after")
     def _consistent(self) -> AlknParams:

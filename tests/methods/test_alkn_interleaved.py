@@ -150,9 +150,11 @@ def test_what_is_damaged(
 
 def test_resistant_pays_for_an_adversary(memorised: Any) -> None:
     """Without keeping parts: two forget records a step, one that he has, five that he has not."""
-    alone = {"preset": "resistant", "steps": 7, "rehearsal": 0, "retain_batch": 0}
     plain, held = (
-        alkn(task_of(memorised, stop=NEVER), AlknParams.model_validate(alone | {"resist_weight": weight}))
+        alkn(
+            task_of(memorised, stop=NEVER),
+            AlknParams(preset="resistant", steps=7, rehearsal=0, retain_batch=0, resist_weight=weight),
+        )
         for weight in (0.0, 0.3)
     )
     assert (plain.passes, held.passes) == (7 * 2, 7 * (2 + 1 + 5))
