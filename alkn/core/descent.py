@@ -37,8 +37,8 @@ class Pace:
         retain_batch: retain records a step, drawn with replacement; 0: no retain term.
         weight_decay: AdamW's decoupled decay.
         clip: largest norm of the whole gradient; ``None``: not clipped.
-        overtime: factor on the rate at each measurement that misses the target when the schedule is over, until it is
-            ``lr`` again (a floor of 0 stays 0); 1: it stays at the floor.
+        overtime: factor on the rate at each measurement when the schedule is over, until it is ``lr`` again (a floor of
+            0 stays 0); 1: it stays at the floor.
     """
 
     lr: float
@@ -52,14 +52,22 @@ class Pace:
     clip: float | None
     overtime: float = 1.0
 
+    def growth(self, step: int) -> float:
+        """``overtime`` to the power of the measurements that missed the target when the schedule was over.
+
+        All of them did that came before step ``step``, counted from 0: one that meets it is the last.
+        """
+        if step < self.decay_steps or self.decay_steps == 0:
+            return 1.0
+        return float(self.overtime ** (step // self.check_every - (self.decay_steps - 1) // self.check_every))
+
     def rate(self, step: int) -> float:
-        """The learning rate of step ``step``, counted from 0; one after the schedule is there only if all missed."""
+        """The learning rate of step ``step``, counted from 0."""
         if self.decay_steps == 0:
             return self.lr
         if step < self.decay_steps:
             return self.lr * max(self.lr_floor, 1 - step / self.decay_steps)
-        missed = step // self.check_every - (self.decay_steps - 1) // self.check_every
-        return self.lr * min(1.0, self.lr_floor * self.overtime**missed)
+        return self.lr * min(1.0, self.lr_floor * self.growth(step))
 
     def portion(self, records: int) -> int:
         """Forget records a step if an epoch of so many is to take at least as long as a measurement."""

@@ -95,9 +95,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     def lower(step: int, now: Forgetting) -> None:
         if level is None or 3 * step < p.decay_steps:
             return
-        missed = level.lower(now, task.stop, by=p.background_step)
-        if missed and step >= p.decay_steps:
-            forget.weight *= OVERTIME
+        level.lower(now, task.stop, by=p.background_step)
+        forget.weight = p.forget_weight * pace.growth(step)
 
     lowering = None if pushes else lower
     # In every step and with all the weight, the few records of a small request take what resembles them along.

@@ -196,3 +196,5 @@ def test_the_rate_falls_over_the_schedule_and_rises_in_overtime() -> None:
     between = replace(over, decay_steps=3)
     assert [between.rate(step) for step in range(3, 8)] == pytest.approx([0.4, 0.48, 0.48, 0.576, 0.576])
     assert {replace(over, decay_steps=0).rate(step) for step in (0, 9, 99)} == {0.8}
+    assert [over.growth(step) for step in (3, 4, 6, 60)] == pytest.approx([1, 1.2, 1.44, 1.2**29])
+    assert replace(over, decay_steps=0).growth(99) == 1
