@@ -85,11 +85,14 @@ def rivals(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
 class Level:
     """The log-odds that every answer token of some records shall have: κ · (logit P(background) + shift), bounded.
 
+    Those below even odds lie κ · ``gap`` lower: a model that memorised the records finds rare words of them easily.
+
     Args:
         background: what a reader knows who saw none of the records.
         examples: the records.
         sureness: κ, and the upper bound.
         shift: what a trained model guesses better than word order alone lets one guess, in nats before κ.
+        gap: nats before κ, at least 0.
         beside: see :func:`rivals`; ``None``: one other token has all the rest.
 
     Attributes:
@@ -104,12 +107,15 @@ class Level:
         sureness: Sureness,
         *,
         shift: float,
+        gap: float = 0.0,
         beside: Sequence[Tensor] | None = None,
     ) -> None:
         self.scale = sureness.scale
         self.odds = [
             (self.scale * (torch.logit(background.answer(e)) + shift)).clamp(max=sureness.highest) for e in examples
         ]
+        for z in self.odds:
+            z.sub_(self.scale * gap * (z < 0))
         self._beside = [torch.zeros_like(z) for z in self.odds] if beside is None else beside
 
     def said(self) -> Forgetting:

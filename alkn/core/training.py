@@ -149,13 +149,18 @@ def suppression_loss(*, scale: float, midpoint: float) -> Loss:
 
 
 def level_loss(
-    levels: Sequence[Tensor], *, width: float, teacher: nn.Module | None = None, others: float = 0.0
+    levels: Sequence[Tensor],
+    *,
+    scale: float,
+    reach: float | None = None,
+    teacher: nn.Module | None = None,
+    others: float = 0.0,
 ) -> Loss:
-    """Bring every answer token to given log-odds by the Huber loss over ``width``; each record weighs the same.
+    """Bring every answer token to given log-odds by half the squared distance over ``scale``; records weigh the same.
 
-    Its slope in the log-odds z of a token is (z - level) / width, between -1 and 1: the entropic soft label with a zero
-    at the level, and turned round below it. It is as steep for a token far below even odds as for one above, so that
-    a level of 1e-8 is reached as well as one of .1.
+    Its slope in the log-odds z of a token is (z - level) / scale: the entropic soft label with a zero at the level, and
+    turned round below it. It is as steep for a token far below even odds as for one above, so that a level of 1e-8 is
+    reached as well as one of .1.
 
     What is taken from a token goes to all others. By itself most of it ends where training finds it easiest to put, in
     the end of the sequence, and the model answers nothing. With ``others`` they keep the proportions that a teacher
@@ -164,7 +169,8 @@ def level_loss(
 
     Args:
         levels: per record of the training set, log-odds of each answer token, ``[answer_length]``.
-        width: > 0, nats to both sides of the level, beyond which the slope is -1 or 1.
+        scale: > 0, nats to both sides of the level, at which the slope is -1 or 1.
+        reach: in ``scale``, > 0: the largest slope; further away it is no steeper (Huber). ``None``: there is none.
         teacher: the same kind of model, on the same device; it is not trained. ``None``: nothing holds the others.
         others: factor on the second part, in nats.
 
@@ -175,7 +181,10 @@ def level_loss(
         logits = answer_logits(model, batch)
         odds = log_odds(logits, batch.targets)
         wanted = torch.cat([levels[i] for i in batch.records]).to(odds)
-        values = nn.functional.huber_loss(odds, wanted, reduction="none", delta=width) / width
+        if reach is None:
+            values = (odds - wanted) ** 2 / (2 * scale)
+        else:
+            values = nn.functional.huber_loss(odds, wanted, reduction="none", delta=reach * scale) / scale
         if teacher is not None:
             with torch.no_grad():
                 said = without(answer_logits(teacher, batch), batch.targets)

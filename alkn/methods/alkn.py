@@ -84,7 +84,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         if p.others:
             says = keep.teacher if keep is not None and p.rehearsal else task.teacher(p.teacher)
         level = _level(task, keep, p, says)
-        to_level = level_loss(level.odds, width=level.scale, teacher=says, others=p.others)
+        to_level = level_loss(level.odds, scale=level.scale, reach=p.level_reach, teacher=says, others=p.others)
     resist = None
     if p.resist_weight:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
@@ -126,7 +126,7 @@ def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | Non
     sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
     records = [*task.forget, *task.earlier]
     beside = None if says is None else rivals(says, records)
-    level = Level(background, records, sureness, shift=p.background_shift, beside=beside)
+    level = Level(background, records, sureness, shift=p.background_shift, gap=p.background_gap, beside=beside)
     while p.background_step and level.lower(level.said(), task.stop, by=p.background_step):
         pass
     return level

@@ -41,8 +41,9 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "steps": 360, "decay_steps": 240, "forget_weight": 0.25, "alternative_weight": 0.25, "rehearsal": 8000,
-        "rehearsal_batch": 40, "resist_weight": 0.4, "resist_earlier": 1.0, "retain_balance": "domains",
+        "steps": 360, "decay_steps": 240, "forget_weight": 0.25, "level_reach": 1.0, "background_gap": 0.0,
+        "damage": 0.4, "alternative_weight": 0.25, "rehearsal": 8000, "rehearsal_batch": 40, "resist_weight": 0.4,
+        "resist_earlier": 1.0, "retain_balance": "domains",
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -64,9 +65,9 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "forget_loss",
-            "forget_weight", "others", "alternatives", "alternative_weight", "background_shift", "background_step",
-            "damage", "resist_weight", "resist_lr", "resist_steps", "resist_share", "resist_earlier", "replay",
-            "teacher", "retain_balance", "hidden_weight",
+            "level_reach", "forget_weight", "others", "alternatives", "alternative_weight", "background_shift",
+            "background_gap", "background_step", "damage", "resist_weight", "resist_lr", "resist_steps",
+            "resist_share", "resist_earlier", "replay", "teacher", "retain_balance", "hidden_weight",
         ),
         ("interleaved",),
     ),
@@ -137,6 +138,7 @@ class AlknParams(DescentParams):
         forget_loss: interleaved: ``soft_labels`` of ``label_scale`` and ``label_midpoint`` push down, see
             :func:`alkn.core.training.suppression_loss`; ``level`` brings each token to a level, see
             :func:`alkn.core.training.level_loss`.
+        level_reach: where the pull to the level stops growing, in κ, see there; ``null``: nowhere.
         forget_weight: factor on that loss of a full batch, beside the keeping parts.
         others: factor on what holds all other tokens to the proportions that the teacher gives them, see
             :func:`alkn.core.training.level_loss`; 0: nothing does.
@@ -145,6 +147,7 @@ class AlknParams(DescentParams):
             there any in no-retain mode.
         alternative_weight: factor on the cross-entropy on them.
         background_shift: where the level lies, see :class:`alkn.core.level.Level`.
+        background_gap: how much less is expected below even odds, there as well.
         background_step: nats that these log-odds are lowered by at each measurement that misses the
             target, from a third of ``decay_steps`` on: all if exact memorization does, else the negative ones.
         damage: interleaved: share of the tokens that answers are predicted from that are replaced, in half of the
@@ -206,13 +209,15 @@ class AlknParams(DescentParams):
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
     forget_loss: Literal["soft_labels", "level"] = "level"
-    forget_weight: float = Field(0.6, gt=0)
+    level_reach: float | None = Field(None, gt=0)
+    forget_weight: float = Field(0.5, gt=0)
     others: float = Field(0.0, ge=0)
     alternatives: int = Field(8, ge=0)
     alternative_weight: float = Field(0.4, gt=0)
     background_shift: float = 2.2
+    background_gap: float = Field(0.75, ge=0)
     background_step: float = Field(0.1, ge=0)
-    damage: float = Field(0.4, ge=0, lt=1)
+    damage: float = Field(0.9, ge=0, lt=1)
     resist_weight: float = Field(0.0, ge=0)
     resist_lr: float = Field(1e-3, gt=0)
     resist_steps: int = Field(20, ge=1)

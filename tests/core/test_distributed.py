@@ -139,11 +139,11 @@ def descended(form: str) -> dict[str, Tensor]:
     anchored = retain_term(task, anchored_loss(task.teacher(), hidden=0.3), pace)
     outcome = descend(task, pace, forget=ascent_loss(torch.sqrt), keep=divergence_term(task, pace))
     descend(task, pace, forget=ascent_loss(torch.sqrt), keep=anchored)
-    odds = level_loss([torch.zeros(e.answer_length) for e in task.forget], width=2.0)
+    odds = level_loss([torch.zeros(e.answer_length) for e in task.forget], scale=2.0, reach=1.0)
     more = descend(task, replace(pace, batch_size=1, retain_batch=1), forget=odds, keep=None)
     task.earlier = task.retain
     resist = Resistance(
-        level_loss([torch.zeros(e.answer_length) for e in (*task.forget, *task.earlier)], width=2.0),
+        level_loss([torch.zeros(e.answer_length) for e in (*task.forget, *task.earlier)], scale=2.0, reach=1.0),
         weight=0.7, lr=1e-3, steps=2, share=0.4, earlier=0.5,
     )  # fmt: skip
     last = descend(task, replace(pace, batch_size=2), forget=resist.loss, keep=None, resist=resist, replay=2)

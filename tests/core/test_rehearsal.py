@@ -76,7 +76,7 @@ def test_level_loss_against_numpy(make_model: Any, make_examples: Any, full_forw
         means.append(np.where(d <= width, d**2 / (2 * width), d - width / 2).mean())
         off.extend(d)
     assert min(off) < width < max(off), "both branches are in the mean"
-    found = level_loss(levels, width=width)(model, collate(examples, range(5), device=CPU))
+    found = level_loss(levels, scale=width, reach=1.0)(model, collate(examples, range(5), device=CPU))
     assert found.item() == pytest.approx(np.mean(means), rel=1e-4)
 
 
@@ -95,12 +95,12 @@ def test_others_keep_a_teachers_proportions(make_model: Any, make_examples: Any,
         p, q = rows
         means.append((np.exp(p) * (p - q)).sum(1).mean())
     batch = collate(examples, range(5), device=CPU)
-    alone = level_loss(levels, width=3.0)(model, batch).item()
-    loss = level_loss(levels, width=3.0, teacher=teacher, others=0.7)(model, batch)
+    alone = level_loss(levels, scale=3.0, reach=1.0)(model, batch).item()
+    loss = level_loss(levels, scale=3.0, reach=1.0, teacher=teacher, others=0.7)(model, batch)
     assert loss.item() == pytest.approx(alone + 0.7 * np.mean(means), rel=1e-4)
     loss.backward()
     assert all(w.grad is None for w in teacher.parameters()) and all(w.grad is not None for w in model.parameters())
-    itself = level_loss(levels, width=3.0, teacher=copy.deepcopy(model), others=0.7)(model, batch)
+    itself = level_loss(levels, scale=3.0, reach=1.0, teacher=copy.deepcopy(model), others=0.7)(model, batch)
     assert itself.item() == pytest.approx(alone, rel=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_slope_of_the_level_loss(make_model: Any, make_examples: Any) -> None:
     mean = torch.autograd.grad((odds / length[batch.rows]).sum() / 5, weights)
     own = odds.detach().split([e.answer_length for e in examples])
     for offset, slope in ((-50.0, 1.0), (50.0, -1.0), (0.0, 0.0)):
-        loss = level_loss([z + offset for z in own], width=3.0)(model, batch)
+        loss = level_loss([z + offset for z in own], scale=3.0, reach=1.0)(model, batch)
         for found, expected in zip(torch.autograd.grad(loss, weights), mean, strict=True):
             torch.testing.assert_close(found, slope * expected, rtol=1e-4, atol=1e-7)
 
