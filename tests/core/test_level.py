@@ -65,6 +65,15 @@ def test_odds_are_the_backgrounds_spread_by_the_scale(memorised: Any) -> None:
         assert odds.tolist() == pytest.approx(np.minimum(expected, 1.5), abs=1e-4)
 
 
+def test_what_is_below_even_odds_lies_lower_by_the_gap(memorised: Any) -> None:
+    """κ · gap lower, and what lies above stays."""
+    background, sureness = BackgroundModel(memorised.retain, vocab_size=V), Sureness(3.0, 1.5)
+    plain, lower = (Level(background, memorised.forget, sureness, shift=5.0, gap=gap) for gap in (0.0, 0.7))
+    before, after = torch.cat(plain.odds), torch.cat(lower.odds)
+    assert 0 < int((before < 0).sum()) < len(before)
+    torch.testing.assert_close(after, torch.where(before < 0, before - 2.1, before))
+
+
 def test_what_the_level_says(memorised: Any) -> None:
     """Log-odds of −2 everywhere: P is their probability, and nothing is the first choice."""
     level = Level(

@@ -65,18 +65,21 @@ def test_gradient_of_suppression_is_the_entropic_weight(make_model: Any, make_ex
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
-def test_level_loss_against_numpy(make_model: Any, make_examples: Any, full_forward: Any) -> None:
-    """Quadratic within the width of the level, linear beyond: the mean over a record's tokens, then over records."""
-    model, examples, width = make_model("llama", std=0.5), make_examples(5), 3.0
+@pytest.mark.parametrize("reach", [None, 1.5])
+def test_level_loss_against_numpy(reach: float | None, make_model: Any, make_examples: Any, full_forward: Any) -> None:
+    """Quadratic, linear beyond the reach: the mean over a record's tokens, then over records."""
+    model, examples, scale = make_model("llama", std=0.5), make_examples(5), 2.0
+    width = np.inf if reach is None else reach * scale
     levels = [torch.linspace(-9, 4, e.answer_length) for e in examples]
     means, off = [], []
     for example, level in zip(examples, levels, strict=True):
         log_p, tokens = answer_rows(model, [example], full_forward)
         d = np.abs(logit(np.exp(log_p[np.arange(len(tokens)), tokens])) - level.numpy().astype(np.float64))
-        means.append(np.where(d <= width, d**2 / (2 * width), d - width / 2).mean())
+        near = np.minimum(d, width)
+        means.append(((near**2 / 2 + near * (d - near)) / scale).mean())
         off.extend(d)
-    assert min(off) < width < max(off), "both branches are in the mean"
-    found = level_loss(levels, scale=width, reach=1.0)(model, collate(examples, range(5), device=CPU))
+    assert reach is None or min(off) < width < max(off), "both branches are in the mean"
+    found = level_loss(levels, scale=scale, reach=reach)(model, collate(examples, range(5), device=CPU))
     assert found.item() == pytest.approx(np.mean(means), rel=1e-4)
 
 
@@ -120,7 +123,7 @@ def test_a_token_itself_does_not_move_the_others(make_model: Any, make_examples:
 
 
 def test_slope_of_the_level_loss(make_model: Any, make_examples: Any) -> None:
-    """Along a token's log-odds: one above, minus one below, however far; nothing at the level itself."""
+    """Along a token's log-odds: the distance in scales, up to the reach; nothing at the level itself."""
     model, examples = make_model("llama", std=0.5).double(), make_examples(5)
     batch = collate(examples, range(5), device=CPU)
     weights = list(model.parameters())
@@ -128,8 +131,10 @@ def test_slope_of_the_level_loss(make_model: Any, make_examples: Any) -> None:
     length = torch.bincount(batch.rows)
     mean = torch.autograd.grad((odds / length[batch.rows]).sum() / 5, weights)
     own = odds.detach().split([e.answer_length for e in examples])
-    for offset, slope in ((-50.0, 1.0), (50.0, -1.0), (0.0, 0.0)):
-        loss = level_loss([z + offset for z in own], scale=3.0, reach=1.0)(model, batch)
+    for offset, reach, slope in (
+        (-50.0, 1.0, 1.0), (50.0, 1.0, -1.0), (0.0, 1.0, 0.0), (-4.5, None, 1.5), (1.5, None, -0.5),
+    ):  # fmt: skip
+        loss = level_loss([z + offset for z in own], scale=3.0, reach=reach)(model, batch)
         for found, expected in zip(torch.autograd.grad(loss, weights), mean, strict=True):
             torch.testing.assert_close(found, slope * expected, rtol=1e-4, atol=1e-7)
 
