@@ -41,8 +41,9 @@ REFERENCE: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
     "resistant": {
-        "steps": 360, "decay_steps": 240, "forget_weight": 0.25, "alternative_weight": 0.25, "rehearsal": 8000,
-        "rehearsal_batch": 40, "resist_weight": 0.4, "resist_earlier": 1.0, "retain_balance": "domains",
+        "steps": 360, "decay_steps": 240, "forget_weight": 0.25, "level_reach": 1.0, "background_gap": 0.0,
+        "damage": 0.4, "alternative_weight": 0.25, "rehearsal": 8000, "rehearsal_batch": 40, "resist_weight": 0.4,
+        "resist_earlier": 1.0,
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -172,7 +173,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others", "level_reach", "background_gap")
+    later: ClassVar = ("others",)
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -208,15 +209,15 @@ class AlknParams(DescentParams):
     scale_max: float = Field(2.0, gt=0)
     bisections: int = Field(5, ge=0)
     forget_loss: Literal["soft_labels", "level"] = "level"
-    level_reach: float | None = Field(1.0, gt=0)
-    forget_weight: float = Field(0.6, gt=0)
+    level_reach: float | None = Field(None, gt=0)
+    forget_weight: float = Field(0.3, gt=0)
     others: float = Field(0.0, ge=0)
     alternatives: int = Field(8, ge=0)
     alternative_weight: float = Field(0.4, gt=0)
     background_shift: float = 2.2
-    background_gap: float = Field(0.0, ge=0)
+    background_gap: float = Field(0.75, ge=0)
     background_step: float = Field(0.1, ge=0)
-    damage: float = Field(0.4, ge=0, lt=1)
+    damage: float = Field(0.9, ge=0, lt=1)
     resist_weight: float = Field(0.0, ge=0)
     resist_lr: float = Field(1e-3, gt=0)
     resist_steps: int = Field(20, ge=1)
@@ -224,7 +225,7 @@ class AlknParams(DescentParams):
     resist_earlier: float = Field(0.5, ge=0)
     replay: int = Field(8, ge=0)
     teacher: Teacher = "origin"
-    retain_balance: Literal["records", "domains"] = "records"
+    retain_balance: Literal["records", "domains"] = "domains"
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(16, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)
