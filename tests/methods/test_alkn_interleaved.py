@@ -100,7 +100,7 @@ def test_interleaved_leaves_tokens_that_anybody_would_guess(memorised: Any) -> N
     likely: dict[float, Scores] = {}
     for shift in (1e3, -10.0):
         task = task_of(memorised, stop=NEVER)
-        alkn(task, interleaved_of(steps=120, background_shift=shift, background_step=0))
+        alkn(task, interleaved_of(steps=120, background_shift=shift, background_step=0, damage=0.0))
         likely[shift] = score(task.model, memorised.forget)
     assert float(likely[-10.0].probability.mean()) < 1e-3
     level = _level(task_of(memorised, stop=NEVER), None, interleaved_of(background_shift=1e3, background_step=0))
@@ -178,7 +178,7 @@ def test_a_level_at_the_target_is_left_alone(memorised: Any) -> None:
     background = BackgroundModel([], vocab_size=300)
     sureness = Sureness.of(task.model, memorised.retain, background)
     assert found.scale == sureness.scale
-    torch.testing.assert_close(found.odds, Level(background, memorised.forget, sureness, shift=2.2).odds)
+    torch.testing.assert_close(found.odds, Level(background, memorised.forget, sureness, shift=2.2, gap=0.75).odds)
 
 
 def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
@@ -222,7 +222,7 @@ def test_others_keep_the_proportions_that_the_teacher_gives_them(memorised: Any)
     elsewhere = batch.targets != end
     for others in (0.0, 1.0):
         task = task_of(memorised)
-        assert alkn(task, interleaved_of(others=others, forget_weight=1.0)).reached
+        assert alkn(task, interleaved_of(others=others, level_reach=1.0, forget_weight=1.0, damage=0.0)).reached
         with torch.no_grad():
             said, now = (answer_logits(model, batch) for model in (memorised.trained, task.model))
         p, q = (without(logits, batch.targets) for logits in (said, now))
