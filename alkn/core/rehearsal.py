@@ -25,10 +25,19 @@ from alkn.core.training import (
 from alkn.core.unlearning import Task, Teacher
 
 
-def evenly(groups: Sequence[str]) -> Tensor:
-    """Weights by which each group is drawn as often as any other, ``[len(groups)]``, float64, of sum 1."""
+def group_weights(groups: Sequence[str], exponent: float) -> Tensor:
+    """Weights by which groups are drawn by their sizes to a power, as languages in Conneau et al. 2020 (XLM-R).
+
+    Args:
+        groups: the group of each record.
+        exponent: 0: each group as often as any other; 1: each record.
+
+    Returns:
+        ``[len(groups)]``, float64, of sum 1.
+    """
     sizes = Counter(groups)
-    return torch.tensor([1 / (len(sizes) * sizes[group]) for group in groups], dtype=torch.float64)
+    weights = torch.tensor([sizes[group] ** (exponent - 1) for group in groups], dtype=torch.float64)
+    return weights / weights.sum()
 
 
 def with_replacement(count: int, shape: tuple[int, ...], weights: Tensor | None, generator: Generator) -> Tensor:
@@ -126,8 +135,8 @@ class Keeper:
         retain_batch, rehearsal_batch: records of each kind in the keeping loss of a step.
         temperature: at which the teacher is distilled, see :func:`alkn.core.training.distillation_loss`.
         teacher: who writes and is distilled, see :meth:`alkn.core.unlearning.Task.teacher`.
-        by_domain: each domain of the retain records is drawn as often as any other in the keeping loss and in the
-            prompts, however few its records are.
+        exponent: of :func:`group_weights`, by which the domains of the retain records are drawn in the keeping loss and
+            in the prompts.
         damage: of the answers that are distilled, see :func:`alkn.core.damage.damaged`.
         hidden: factor on the distance of hidden states to the teacher's in the keeping loss of a step, of either kind
             of records, see :func:`alkn.core.training.state_distance`.
@@ -152,14 +161,15 @@ class Keeper:
         rehearsal_batch: int = 0,
         temperature: float = 1.0,
         teacher: Teacher = "parent",
-        by_domain: bool = False,
+        exponent: float = 1.0,
         damage: float = 0.0,
         hidden: float = 0.0,
     ) -> None:
         self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
         self._retain_batch, self._rehearsal_batch = retain_batch, rehearsal_batch
-        self._shares = evenly(task.retain_domains) if by_domain and task.retain_domains else None
+        grouped = exponent < 1 and task.retain_domains
+        self._shares = group_weights(task.retain_domains, exponent) if grouped else None
         self._written: list[Example] = []
         self._distillation: Loss | None = None
         self._own = answer_loss()

@@ -74,7 +74,7 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
         keep = Keeper(
             task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch,
             temperature=p.rehearsal_temperature, teacher=p.teacher,
-            by_domain=p.retain_balance == "domains", damage=p.damage, hidden=p.hidden_weight,
+            exponent=p.retain_exponent, damage=p.damage, hidden=p.hidden_weight,
         )  # fmt: skip
     pushes = p.forget_loss == "soft_labels"
     pace = p.pace() if pushes else dataclasses.replace(p.pace(), overtime=OVERTIME)

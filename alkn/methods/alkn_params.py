@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resistant": {
         "steps": 360, "decay_steps": 240, "forget_weight": 0.25, "level_reach": 1.0, "background_gap": 0.0,
         "damage": 0.4, "alternative_weight": 0.25, "rehearsal": 8000, "rehearsal_batch": 40, "resist_weight": 0.4,
-        "resist_earlier": 1.0,
+        "resist_earlier": 1.0, "retain_exponent": 0.0,
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -67,7 +67,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "forget_loss",
             "level_reach", "forget_weight", "others", "alternatives", "alternative_weight", "background_shift",
             "background_gap", "background_step", "damage", "resist_weight", "resist_lr", "resist_steps",
-            "resist_share", "resist_earlier", "replay", "teacher", "retain_balance", "hidden_weight",
+            "resist_share", "resist_earlier", "replay", "teacher", "retain_exponent", "hidden_weight",
         ),
         ("interleaved",),
     ),
@@ -157,8 +157,8 @@ class AlknParams(DescentParams):
             done about him, see :class:`alkn.core.adversary.Resistance`; the loss at his weights is the one of
             ``level``. Weight 0: there is none.
         resist_earlier: factor on that loss for the records of earlier requests, which are replayed.
-        retain_balance: interleaved: whether each of the ``records`` that are kept is drawn as often as any other, or
-            each of their ``domains``, however few records it has.
+        retain_exponent: interleaved: domains of the retain records are drawn by their numbers of records to this power;
+            1: each record as often as any other, 0: each domain.
         replay: interleaved: records of earlier requests in a step, of those that are above the target by themselves,
             see :class:`alkn.core.descent.Replay`; 0: none, and no earlier request's records are read.
         teacher: interleaved: whose words are kept: those of ``parent``, θ_{t-1}, or of ``origin``, the model before
@@ -225,7 +225,7 @@ class AlknParams(DescentParams):
     resist_earlier: float = Field(0.5, ge=0)
     replay: int = Field(8, ge=0)
     teacher: Teacher = "origin"
-    retain_balance: Literal["records", "domains"] = "domains"
+    retain_exponent: float = Field(0.5, ge=0, le=1)
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(16, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)

@@ -15,7 +15,7 @@ from torch import nn
 
 from alkn.core.damage import damaged
 from alkn.core.generation import greedy
-from alkn.core.rehearsal import Keeper, evenly, rehearsal_set, spliced_prompts
+from alkn.core.rehearsal import Keeper, group_weights, rehearsal_set, spliced_prompts
 from alkn.core.scoring import Example, answer_logits, answer_states, collate, endless_batches, score
 from alkn.core.training import (
     anchored_loss,
@@ -246,15 +246,22 @@ def test_written_records_of_plain_text_differ(make_model: Any, make_examples: An
     assert len({tuple(e.tokens.tolist()) for e in written}) > 1
 
 
-def test_domains_share_evenly() -> None:
-    """Three domains of 1, 2 and 3 records: a third each."""
-    weights = evenly(["a", "b", "b", "c", "c", "c"])
-    assert weights.tolist() == pytest.approx([1 / 3, 1 / 6, 1 / 6, 1 / 9, 1 / 9, 1 / 9])
+def test_domains_share_by_a_power_of_their_sizes() -> None:
+    """Three domains of 1, 4 and 9 records: a third each, by their roots 1, 2 and 3, and each record alike."""
+    groups = ["a"] + ["b"] * 4 + ["c"] * 9
+    for exponent, shares in (
+        (0.0, (1 / 3, 1 / 3, 1 / 3)),
+        (0.5, (1 / 6, 2 / 6, 3 / 6)),
+        (1.0, (1 / 14, 4 / 14, 9 / 14)),
+    ):
+        weights = group_weights(groups, exponent)
+        assert [float(weights[i:j].sum()) for i, j in ((0, 1), (1, 5), (5, 14))] == pytest.approx(shares)
+        assert weights[1:5].unique().numel() == weights[5:].unique().numel() == 1
 
 
-@pytest.mark.parametrize(("balanced", "share"), [(False, 1 / 6), (True, 1 / 2)])
+@pytest.mark.parametrize(("exponent", "share"), [(1.0, 1 / 6), (0.5, 1 / (1 + 5**0.5)), (0.0, 1 / 2)])
 def test_a_small_domain_is_drawn_by_its_records_or_as_often_as_a_large_one(
-    balanced: bool, share: float, memorised: Any, monkeypatch: pytest.MonkeyPatch
+    exponent: float, share: float, memorised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two records of one domain beside ten of another: in the keeping loss, and in both parts of a prompt."""
     domains = ["large"] * 10 + ["small"] * 2
@@ -265,13 +272,13 @@ def test_a_small_domain_is_drawn_by_its_records_or_as_often_as_a_large_one(
         "alkn.core.rehearsal.collate",
         lambda examples, picks, device: picked.extend(picks) or collate(examples, picks, device=device),
     )
-    keeper = Keeper(task, rehearsal=0, retain_batch=16, by_domain=balanced)
+    keeper = Keeper(task, rehearsal=0, retain_batch=16, exponent=exponent)
     for step in range(100):
         keeper(step)
     assert len(picked) == 1600 and np.mean([i >= 10 for i in picked]) == pytest.approx(share, abs=0.05)
 
     marked = [Example(torch.tensor([100 + i] * 5 + [200 + i] * 5 + [1, 0]), 10) for i in range(12)]
-    weights = evenly(domains) if balanced else None
+    weights = group_weights(domains, exponent) if exponent < 1 else None
     prompts = spliced_prompts(marked, 1000, generator=seeded(), weights=weights)
     for place, first in ((0, 110), (-1, 210)):
         assert np.mean([int(prompt[place]) >= first for prompt in prompts]) == pytest.approx(share, abs=0.05)
