@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resistant": {
         "steps": 360, "decay_steps": 240, "forget_weight": 0.25, "level_reach": 1.0, "background_gap": 0.0,
         "damage": 0.4, "alternative_weight": 0.25, "rehearsal": 8000, "rehearsal_batch": 40, "resist_weight": 0.4,
-        "resist_earlier": 1.0, "retain_exponent": 0.0,
+        "resist_earlier": 1.0, "retain_exponent": 0.0, "retain_batch": 12,
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2, "batch_size": 32, "label_form": "reference",
@@ -213,7 +213,7 @@ class AlknParams(DescentParams):
     forget_weight: float = Field(0.3, gt=0)
     others: float = Field(0.0, ge=0)
     alternatives: int = Field(8, ge=0)
-    alternative_weight: float = Field(0.4, gt=0)
+    alternative_weight: float = Field(0.6, gt=0)
     background_shift: float = 2.2
     background_gap: float = Field(0.75, ge=0)
     background_step: float = Field(0.1, ge=0)
@@ -229,7 +229,7 @@ class AlknParams(DescentParams):
     rehearsal: int = Field(1200, ge=0)
     rehearsal_batch: int = Field(16, ge=1)
     rehearsal_temperature: float = Field(1.0, gt=0)
-    retain_batch: int = Field(12, ge=0)
+    retain_batch: int = Field(14, ge=0)
     hidden_weight: float = Field(20.0, ge=0)
     repair_steps: int = Field(0, ge=0)
     repair_lr: float = Field(2e-4, gt=0)

@@ -16,8 +16,8 @@ from alkn.registry import methods
 SETTINGS: dict[str, dict[str, Any]] = {
     "interleaved": {
         "procedure": "interleaved", "steps": 400, "decay_steps": 120, "lr": 5e-4, "lr_floor": 0.1, "check_every": 5,
-        "batch_size": 16, "retain_batch": 12, "rehearsal": 1200, "rehearsal_batch": 16, "hidden_weight": 20.0,
-        "alternatives": 8, "alternative_weight": 0.4, "forget_loss": "level", "forget_weight": 0.3, "replay": 8,
+        "batch_size": 16, "retain_batch": 14, "rehearsal": 1200, "rehearsal_batch": 16, "hidden_weight": 20.0,
+        "alternatives": 8, "alternative_weight": 0.6, "forget_loss": "level", "forget_weight": 0.3, "replay": 8,
         "level_reach": None, "background_shift": 2.2, "background_gap": 0.75, "background_step": 0.1, "damage": 0.9,
         "retain_exponent": 0.5, "teacher": "origin", "resist_weight": 0.0, "weight_decay": 0.0, "clip": 1.0,
     },
@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "procedure": "interleaved", "steps": 360, "decay_steps": 240, "lr": 5e-4, "rehearsal": 8000,
         "rehearsal_batch": 40, "hidden_weight": 20.0, "alternatives": 8, "alternative_weight": 0.25,
         "forget_weight": 0.25, "resist_weight": 0.4, "resist_steps": 20, "resist_share": 0.1, "resist_lr": 1e-3,
-        "resist_earlier": 1.0, "retain_exponent": 0.0, "level_reach": 1.0, "background_gap": 0.0, "damage": 0.4,
+        "resist_earlier": 1.0, "retain_exponent": 0.0, "retain_batch": 12, "level_reach": 1.0, "background_gap": 0.0, "damage": 0.4,
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2,
