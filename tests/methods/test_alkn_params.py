@@ -25,7 +25,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "procedure": "interleaved", "steps": 360, "decay_steps": 240, "lr": 5e-4, "rehearsal": 8000,
         "rehearsal_batch": 40, "hidden_weight": 20.0, "alternatives": 8, "alternative_weight": 0.25,
         "forget_weight": 0.25, "resist_weight": 0.4, "resist_steps": 20, "resist_share": 0.1, "resist_lr": 1e-3,
-        "resist_earlier": 1.0, "retain_exponent": 0.0, "retain_batch": 12, "level_reach": 1.0, "background_gap": 0.0, "damage": 0.4,
+        "resist_earlier": 1.0, "retain_exponent": 0.0, "retain_batch": 12, "level_reach": 1.0, "background_gap": 0.0,
+        "damage": 0.4,
     },
     "rounds": {
         "procedure": "rounds", "steps": 30, "lr": 5e-4, "epochs": 2,
