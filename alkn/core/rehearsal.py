@@ -168,8 +168,7 @@ class Keeper:
         self._task, self._sample, self._gradient_batch = task, sample, gradient_batch
         self._steps, self._batch_size, self._lr = steps, batch_size, lr
         self._retain_batch, self._rehearsal_batch = retain_batch, rehearsal_batch
-        grouped = exponent < 1 and task.retain_domains
-        self._shares = group_weights(task.retain_domains, exponent) if grouped else None
+        self._shares = group_weights(task.retain_domains, exponent) if exponent < 1 and task.retain_domains else None
         self._written: list[Example] = []
         self._distillation: Loss | None = None
         self._own = answer_loss()
