@@ -117,8 +117,7 @@ class RetainTerm:
     """
 
     def __init__(self, task: Task, loss: Loss, *, batch_size: int, weight: float = 1.0) -> None:
-        if not task.retain:
-            raise InputError("method.retain_batch: there is no retain record to draw; 0 switches the retain term off")
+        task.require_retain("method.retain_batch", "0 switches the retain term off")
         self._task, self._loss, self._batch_size, self._weight = task, loss, batch_size, weight
         self.passes = 0
 

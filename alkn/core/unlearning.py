@@ -128,6 +128,19 @@ class Task:
         """A fresh CPU generator for one purpose of this step."""
         return Generator().manual_seed(seed_of(self.seed, *names))
 
+    def require_retain(self, keys: str, otherwise: str) -> None:
+        """Refuse to go on without retain records.
+
+        Args:
+            keys: the settings that ask for them.
+            otherwise: what can be set instead.
+
+        Raises:
+            InputError: if there are none.
+        """
+        if not self.retain:
+            raise InputError(f"{keys}: there is no retain record to draw; {otherwise}")
+
     def teacher(self, which: Teacher = "parent") -> nn.Module:
         """One of the two as a frozen model of its own; to be asked for before the model is changed."""
         read = self.origin if which == "origin" and self.origin is not None else self.before

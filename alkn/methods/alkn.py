@@ -24,7 +24,6 @@ from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Scores
 from alkn.core.training import Weighted, answer_loss, fine_tune, level_loss, suppression_loss
 from alkn.core.unlearning import Forgetting, Outcome, Task
-from alkn.errors import InputError
 from alkn.methods.alkn_once import at_once
 from alkn.methods.alkn_params import (
     PAPER,
@@ -65,12 +64,9 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     before, _ = task.measure_stored()
     if task.stop.met(before):
         return Outcome(True, [before.row(0)], {}, 0)
-    if not task.retain and (p.retain_batch or p.rehearsal):
-        raise InputError(
-            "method.retain_batch, method.rehearsal: there is no retain record to draw on; expected 0 for both"
-        )
     keep = None
     if p.retain_batch or p.rehearsal:
+        task.require_retain("method.retain_batch, method.rehearsal", "expected 0 for both")
         keep = Keeper(
             task, rehearsal=p.rehearsal, retain_batch=p.retain_batch, rehearsal_batch=p.rehearsal_batch,
             temperature=p.rehearsal_temperature, teacher=p.teacher,
@@ -158,9 +154,10 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
 
 
 def _keeper(task: Task, p: AlknParams) -> Keeper:
+    task.require_retain("method.procedure", "'rounds' needs some")
     return Keeper(
         task,
-        sample=None if p.retain_gradient == "full" else p.retain_sample,
+        sample=p.sample_size(len(task.forget)),
         gradient_batch=p.batch_size,
         rehearsal=p.rehearsal,
         steps=p.repair_steps,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,6 +29,8 @@ from alkn.methods.alkn_params import (
 def at_once(task: Task, p: AlknParams) -> Outcome:
     """One fine-tuning whose gradients are masked as it goes, then one negation."""
     before, scores = task.measure()
+    if task.stop.met(before):
+        return Outcome(True, [before.row(0)], dict(task.state), 0)
     training = MaskedTraining(task, p)
     theta = task.copy_weights()
     hp = p.hyperparameters()
@@ -75,21 +76,21 @@ class MaskedTraining:
         }
         self.reused = bool(self.eta)
         self.generator = task.generator("percentile")
-        self.pairs = task.generator("pairs")
         self.passes = 0
-        self.g_r: dict[str, RetainGradient] | None = None
+        self.g_r: dict[str, RetainGradient] = {}
         if p.criterion == "random":
             chance = task.generator("random mask")
             self.m = {n: task.random(n, chance).to(t.dtype) for n, t in self.m.items()}
-        if p.criterion == "m" and p.retain_gradient != "paired":
-            picks = list(range(len(task.retain)))
-            if p.retain_gradient == "sample":
-                picks = torch.randint(len(task.retain), (p.retain_sample,), generator=task.generator("retain")).tolist()
+        if p.criterion == "m":
+            task.require_retain("method.criterion", "'random' and 'magnitude' need none")
+            picks, count = list(range(len(task.retain))), p.sample_size(len(task.forget))
+            if count is not None:
+                picks = torch.randint(len(task.retain), (count,), generator=task.generator("retain")).tolist()
             gradient = mean_gradient(task.model, task.retain, picks, max_records=p.batch_size)
             sampling = task.generator("ternary")
             self.g_r, self.passes = stored_gradient(gradient, p, generator=sampling, group=task.shards), len(picks)
         self.old: dict[str, Tensor] = {}
-        self.fifth = -1
+        self.mask: dict[str, Tensor] = {}
 
     def groups(self) -> list[dict[str, object]] | None:
         """AdamW's groups: the half of the tensors in which M is densest gets the protected rate."""
@@ -103,34 +104,35 @@ class MaskedTraining:
             {"params": [q for n, q in named if n not in dense], "lr": self.p.lr},
         ]
 
-    def before_step(self, step: int, batch: Batch) -> None:
-        """Move m and mask the gradient, in the order of the preset."""
-        g_r: Mapping[str, RetainGradient] = self.g_r or {}
-        if self.p.criterion == "m" and self.g_r is None:
-            g_r = self._paired(batch)
+    def before_step(self, step: int, _: Batch) -> None:
+        """Move m and mask the gradient, or keep the mask for the update, in the order of the preset."""
         if self.p.mask_first:
-            self._move(g_r)
+            self._move()
             self._find_thresholds(step)
         raw = {} if self.p.mask_first else self._gradients()
-        for name, parameter in self.task.model.named_parameters():
-            if parameter.grad is not None and name in self.eta:
-                # A new tensor: the gradient as it was is what moves m.
-                parameter.grad = parameter.grad.clone()
-                local(parameter.grad).mul_(self.m[name] >= self.eta[name])
-        if self.p.protection == "coordinate" and self.previous is not None:
+        if self.p.masked == "gradient":
+            self._mask_gradients()
+        else:
+            self.mask = {name: self.m[name] >= eta for name, eta in self.eta.items()}
+        if self.mask or (self.p.protection == "coordinate" and self.previous is not None):
             self.old = self.task.copy_weights()
         if not self.p.mask_first:
             masked = self._swap_gradients(raw)
-            self._move(g_r)
+            self._move()
             self._swap_gradients(masked)
             self._find_thresholds(step)
 
     def after_step(self, _: int) -> None:
-        """APM a coordinate at a time: on M only ``protection_rate`` of the update stays."""
-        if self.old and self.previous is not None:
-            for name, w in self.task.weights().items():
-                kept = torch.where(self.previous[name], self.p.protection_rate, 1.0)
-                w.copy_(self.old[name] + (w - self.old[name]) * kept)
+        """The mask, where it is the update's; APM a coordinate at a time: on M ``protection_rate`` of it stays."""
+        if not self.old:
+            return
+        for name, w in self.task.weights().items():
+            update = w - self.old[name]
+            if self.p.protection == "coordinate" and self.previous is not None:
+                update *= torch.where(self.previous[name], self.p.protection_rate, 1.0)
+            if name in self.mask:
+                update *= self.mask[name]
+            w.copy_(self.old[name] + update)
 
     def state(self) -> dict[str, Tensor]:
         """M ∪ 1[m ≥ η], and the thresholds where later requests reuse them."""
@@ -142,10 +144,10 @@ class MaskedTraining:
             out |= {f"eta.{name}": eta.cpu().clone() for name, eta in self.eta.items()}
         return out
 
-    def _move(self, g_r: Mapping[str, RetainGradient]) -> None:
+    def _move(self) -> None:
         """Move m by the present gradients; for the ablations it is their accumulated size, or chance, which stays."""
         if self.p.criterion == "m":
-            move_m(self.task, self.p, self.m, g_r, self.previous)
+            move_m(self.task, self.p, self.m, self.g_r, self.previous)
         elif self.p.criterion == "magnitude":
             for name, gradient in self._gradients().items():
                 self.m[name] += local(gradient).abs()
@@ -161,11 +163,6 @@ class MaskedTraining:
     def _find_thresholds(self, step: int) -> None:
         if self.reused:
             return
-        if self.p.schedule == "fifths":
-            fifth = math.floor(step * 5 / self.steps)
-            if fifth == self.fifth:
-                return
-            self.fifth = fifth
         share, shards = self._share(step), self.task.shards
         if self.p.scope == "model":
             flat = torch.cat([t.reshape(-1) for t in self.m.values()])
@@ -177,14 +174,12 @@ class MaskedTraining:
                 for n, t in self.m.items()
             }
 
-    def _paired(self, batch: Batch) -> dict[str, Tensor]:
-        """The gradient on one random retain record for each forget record; the forget gradient is kept."""
-        raw = self._gradients()
-        picks = torch.randint(len(self.task.retain), (len(batch.records),), generator=self.pairs).tolist()
-        g_r = mean_gradient(self.task.model, self.task.retain, picks)
-        self.passes += len(picks)
-        self._swap_gradients(raw)
-        return g_r
+    def _mask_gradients(self) -> None:
+        for name, parameter in self.task.model.named_parameters():
+            if parameter.grad is not None and name in self.eta:
+                # A new tensor: the gradient as it was is what moves m.
+                parameter.grad = parameter.grad.clone()
+                local(parameter.grad).mul_(self.m[name] >= self.eta[name])
 
     def _gradients(self) -> dict[str, Tensor]:
         return {n: q.grad for n, q in self.task.model.named_parameters() if q.grad is not None}

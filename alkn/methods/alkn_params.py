@@ -35,8 +35,8 @@ REFERENCE: dict[str, Any] = {
     "procedure": "once", "lr": 2e-5, "epochs": 5, "batch_size": 64, "weight_decay": 0.01, "clip": 1.0,
     "warmup_epochs": 1, "label_form": "reference", "label_scale": 1.5, "label_midpoint": 0.8,
     "criterion": "m", "sign": "paper", "retain_gradient": "paired", "share": 0.8, "share_end": 0.4,
-    "schedule": "fifths", "reuse_thresholds": True, "overlap": "product_std", "overlap_factor": 0.5,
-    "protection": "tensor", "scale": 1.0, "rehearsal": 0,
+    "schedule": "fifths", "reuse_thresholds": True, "estimator": "trimmed_linear", "overlap": "product_std",
+    "overlap_factor": 0.5, "protection": "tensor", "scale": 1.0, "rehearsal": 0,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
     "interleaved": {},
@@ -79,8 +79,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(
         (
-            "warmup_epochs", "share_end", "schedule", "reuse_thresholds", "mask_first", "protection",
-            "protection_rate", "scale",
+            "warmup_epochs", "share_end", "schedule", "reuse_thresholds", "mask_first", "masked",
+            "protection", "protection_rate", "scale",
         ),
         ("once",),
     ),
@@ -118,19 +118,22 @@ class AlknParams(DescentParams):
             ``interleaved`` localises nothing: the keeping gradient is in every step.
         sign, strength: see :func:`alkn.core.gradient_mask.accumulate_`.
         retain_gradient: ``sample`` of ``retain_sample`` records, drawn with replacement each round;
-            ``full`` mean over D_r; ``paired``: one random retain record for each forget record of a batch.
+            ``full`` mean over D_r; ``paired``: a sample of as many as the request has.
         retain_every: rounds: a new G_r only every so many rounds.
         retain_momentum: rounds: share of the old G_r that stays in a new one; 0: none.
         gradient_dtype: precision that m and G_r are kept in, and a new G_r is averaged in.
         ternary_share: keep G_r in two bits: the signs of this share of each tensor's entries, the largest
-            in size (equation 56); ``null``: keep the numbers. Not for ``paired``.
+            in size (equation 56); ``null``: keep the numbers.
         ternary_gain: a of equation 56.
         share: share of coordinates that may move (at the start, where a schedule changes it).
         share_end: where the schedule of ``once`` goes.
         schedule: ``constant``, ``linear`` over the training, or ``fifths``: stepwise, each fifth.
+            The percentile is taken anew in every step.
         reuse_thresholds: later requests keep the thresholds that the first one ended with.
         scope, estimator: one percentile a tensor or over the model, and how it is found.
         mask_first: m moves before the mask is applied (the authors' code), or after it (the paper).
+        masked: what the mask of ``once`` is laid on: the ``gradient``, so that momentum and weight decay still move
+            what it covers, or AdamW's ``update``, as in ``rounds``.
         overlap, overlap_factor: penalty μ on coordinates in M; ``none``: M is not kept.
         protection, protection_rate: rate × ``protection_rate`` on M, a coordinate or a tensor at a time (APM).
         scale: λ of ``once``; ``null``: calibrated, the smallest that meets the target.
@@ -201,6 +204,7 @@ class AlknParams(DescentParams):
     scope: Literal["tensor", "model"] = "tensor"
     estimator: Estimator = "sampled"
     mask_first: bool = True
+    masked: Literal["gradient", "update"] = "gradient"
     overlap: PenaltyForm | Literal["none"] = "none"
     overlap_factor: float = Field(1.0, ge=0)
     protection: Literal["none", "coordinate", "tensor"] = "none"
@@ -261,8 +265,6 @@ class AlknParams(DescentParams):
     def _consistent(self) -> AlknParams:
         if self.procedure == "once" and self.criterion == "exact":
             raise ValueError("procedure 'once' masks gradients by criterion 'm', 'random' or 'magnitude'")
-        if self.procedure == "rounds" and self.retain_gradient == "paired":
-            raise ValueError("procedure 'rounds' takes retain_gradient 'sample' or 'full'")
         if self.teacher == "origin" and not self.replay:
             raise ValueError("teacher 'origin' says again what was forgotten since: it needs a replay above 0")
         if self.others and self.forget_loss != "level":
@@ -271,14 +273,16 @@ class AlknParams(DescentParams):
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         if self.ternary_share is not None and self.retain_momentum > 0:
             raise ValueError("retain_momentum averages gradients: it does not go with ternary_share")
-        if self.ternary_share is not None and self.retain_gradient == "paired":
-            raise ValueError("ternary_share stores one G_r: it does not go with retain_gradient 'paired'")
         return self
 
     @property
     def replays(self) -> bool:
         """Whether the records of earlier requests are read."""
         return self.procedure == "interleaved" and self.replay > 0
+
+    def sample_size(self, forget: int) -> int | None:
+        """How many retain records G_r is the mean of, beside a request of so many; ``None``: all."""
+        return {"sample": self.retain_sample, "paired": forget, "full": None}[self.retain_gradient]
 
     def hyperparameters(self) -> Hyperparameters:
         """The part that the training loop reads."""

@@ -90,8 +90,8 @@ class Acquisition:
                 "method.random_weight: one forget record alone has no other's answer; 0 switches the disassociation off"
             )
         preserves = params.retain_batch > 0 and params.preservation_weight > 0
-        if preserves and not task.retain:
-            raise InputError("method.retain_batch: there is no retain record to draw; 0 switches the divergence off")
+        if preserves:
+            task.require_retain("method.retain_batch", "0 switches the divergence off")
         teacher = task.teacher() if preserves else None
         self._divergence = distillation_loss(teacher) if teacher is not None else None
         self.passes = 0

@@ -30,6 +30,8 @@ class TaskVectorParams(Params):
 def task_vector(task: Task, params: TaskVectorParams) -> Outcome:
     """θ ← θ − λ(θ_ft − θ), with θ_ft fine-tuned on the forget records by plain cross-entropy."""
     before, _ = task.measure()
+    if task.stop.met(before):
+        return Outcome(True, [before.row(0)], {}, 0)
     theta = task.copy_weights()
     hp = Hyperparameters(lr=params.lr, epochs=params.epochs, batch_size=params.batch_size, clip=1.0)
     fine_tune(

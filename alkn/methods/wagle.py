@@ -80,7 +80,7 @@ def wagle(task: Task, params: WagleParams) -> Outcome:
 def attribution_mask(task: Task, params: WagleParams, loss: Loss) -> tuple[dict[str, BoolTensor], int]:
     """The weights to unlearn, and the record passes that finding them took.
 
-    Without a retain term (``retain_batch`` 0) the retain records have no say in the score either.
+    Without a retain term (``retain_batch`` or ``retain_weight`` 0) the retain records have no say in the score either.
 
     Args:
         task: the request; its model is θ_{t-1}.
@@ -90,7 +90,7 @@ def attribution_mask(task: Task, params: WagleParams, loss: Loss) -> tuple[dict[
     passes, count = len(task.forget), min(params.attribution_sample, len(task.retain))
     forget = forget_gradient(task, loss)
     retain, gamma = None, 1.0
-    if params.retain_batch:
+    if params.retain_batch and params.retain_weight:
         picks = torch.randperm(len(task.retain), generator=task.generator("attribution"))[:count].tolist()
         retain, passes = mean_gradient(task.model, task.retain, picks), passes + count
         if params.curvature is None:

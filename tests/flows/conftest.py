@@ -61,12 +61,13 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class Place:
-    """A project folder and the commands given in it."""
+    """A project folder and the commands given in it; what started ones print goes to files in ``logs``."""
 
     def __init__(self, root: Path, env: dict[str, str]) -> None:
         self.root, self.env = root, {**env, "PWD": str(root)}
         self.printed: list[str] = []
-        self.progress = root.parent / "no-command-yet"
+        self.logs = root.parent
+        self.progress = self.logs / "no-command-yet"
 
     def call(self, *command: str, code: int | None = 0, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
         """Any command, waited for; its exit status must be ``code``."""
@@ -85,7 +86,7 @@ class Place:
 
     def start(self, *command: str) -> subprocess.Popen[str]:
         """A command in a process group of its own; ``progress`` is the file that its errors and live bars go to."""
-        name = self.root.parent / f"{command[0]}-{time.monotonic_ns()}"
+        name = self.logs / f"{command[0]}-{time.monotonic_ns()}"
         self.progress = name.with_suffix(".err")
         env = {**self.env, "FORCE_COLOR": "1", "TTY_INTERACTIVE": "1"}
         with open(name.with_suffix(".out"), "w") as out, open(self.progress, "w") as err:

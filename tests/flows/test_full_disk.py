@@ -28,7 +28,9 @@ def small(ready: Place, fresh: Callable[..., Place], tmp_path_factory: pytest.Te
     if made.returncode:
         pytest.skip(f"no small file system can be mounted here: {made.stderr.strip()}")
     try:
-        yield fresh(ready, mount)
+        place: Place = fresh(ready, mount)
+        place.logs = tmp_path_factory.mktemp("logs")  # or the message had no room itself
+        yield place
     finally:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 

@@ -152,7 +152,7 @@ def test_the_random_mask_is_random_and_stays(memorised: Any) -> None:
     )
     for q in made[0].task.model.parameters():
         q.grad = torch.ones_like(q)
-    made[0]._move({})
+    made[0]._move()
     assert torch.equal(torch.cat([t.reshape(-1) for t in made[0].m.values()]), flat[0])
 
 
@@ -164,7 +164,7 @@ def test_the_magnitude_mask_adds_up_the_gradients_size(memorised: Any) -> None:
     name, q = next(iter(training.task.model.named_parameters()))
     for size in (2.0, -3.0):
         q.grad = torch.full_like(q, size)
-        training._move({})
+        training._move()
     assert bool((training.m[name] == 5.0).all())
     assert not any(bool(m.any()) for other, m in training.m.items() if other != name)
 

@@ -140,7 +140,6 @@ def test_the_retain_gradient_in_small_batches_is_the_same(memorised: Any) -> Non
     ("values", "message"),
     [
         ({"preset": "rounds", "ternary_share": 0.3, "retain_momentum": 0.5}, "does not go with ternary_share"),
-        ({"preset": "reference", "ternary_share": 0.3}, "does not go with retain_gradient 'paired'"),
         ({"preset": "rounds", "ternary_share": 0.0}, "greater than 0"),
         ({"preset": "rounds", "ternary_gain": 1.0}, "greater than 1"),
         ({"preset": "rounds", "retain_momentum": 1.0}, "less than 1"),

@@ -41,8 +41,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "warmup_epochs": 1, "soft_labels": True, "label_form": "reference", "label_scale": 1.5,
         "label_midpoint": 0.8, "criterion": "m",
         "sign": "paper", "strength": 1.0, "retain_gradient": "paired", "share": 0.8, "share_end": 0.4,
-        "schedule": "fifths", "reuse_thresholds": True, "scope": "tensor", "mask_first": True,
-        "overlap": "product_std", "overlap_factor": 0.5, "protection": "tensor", "protection_rate": 0.1, "scale": 1.0,
+        "schedule": "fifths", "reuse_thresholds": True, "scope": "tensor", "estimator": "trimmed_linear",
+        "mask_first": True, "overlap": "product_std", "overlap_factor": 0.5, "protection": "tensor",
+        "protection_rate": 0.1, "scale": 1.0,
     },
     "paper": {
         "procedure": "once", "lr": 3e-5, "epochs": 5, "batch_size": 32, "weight_decay": 0.01, "clip": None,
@@ -85,8 +86,6 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
         ({"procedure": "once", "label_form": "paper"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"preset": "derived", "criterion": "exact"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"others": 1.0, "forget_loss": "soft_labels"}, "others shares out what the level takes"),
-        ({"preset": "rounds", "retain_gradient": "paired"}, "takes retain_gradient 'sample' or 'full'"),
-        ({"preset": "reference", "procedure": "rounds"}, "takes retain_gradient 'sample' or 'full'"),
         (
             {"preset": "rounds", "label_form": "log_odds", "label_midpoint": 1},
             "'log_odds' takes a label_midpoint below 1",

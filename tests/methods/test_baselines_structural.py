@@ -72,13 +72,18 @@ def test_what_is_forgotten_already_is_left_alone(name: str, memorised: Any) -> N
     assert not any(bool(c.any()) for c in changes(task, memorised).values())
 
 
+OFF: dict[str, dict[str, float]] = {"retain_batch": {"retain_batch": 0}, "weight": {"retain_weight": 0.0}}
+
+
+@pytest.mark.parametrize("off", OFF)
 @pytest.mark.parametrize("name", ["rmu", "wagle", "second_order", "sku"])
-def test_no_retain_mode_touches_no_retain_record(name: str, memorised: Any) -> None:
-    """With ``retain_batch`` 0 the result does not depend on the retain set, which may be empty."""
+def test_no_retain_mode_touches_no_retain_record(name: str, off: str, memorised: Any) -> None:
+    """Without retain term, by either key, the result does not depend on the retain set, which may be empty."""
+    values = {"preservation_weight": 0.0} if (name, off) == ("sku", "weight") else OFF[off]
     weights = []
     for retain in (memorised.retain, memorised.second, []):
         task = task_of(memorised, stop=NEVER, retain=retain)
-        call(name, task, **SHORT[name], retain_batch=0)
+        call(name, task, **SHORT[name], **values)
         weights.append(task.copy_weights())
     assert any(bool(c.any()) for c in changes(task, memorised).values())
     assert all(torch.equal(w, other[n]) for other in weights[1:] for n, w in weights[0].items())
