@@ -171,7 +171,8 @@ def test_measured_is_the_merged_model_at_its_stored_precision(
 
 
 def adapted(memorised: Any, **lora: Any) -> tuple[Task, Adapters]:
-    task = Task(memorised.model(), memorised.forget, memorised.retain, STOP, 0)
+    refusals = [torch.tensor([9, 250, 31, 0]), torch.tensor([77, 8, 120, 64, 0])]
+    task = Task(memorised.model(), memorised.forget, memorised.retain, STOP, 0, refusals=refusals)
     adapters = Adapters(task.model, Lora(**{"rank": 4, **lora}), seed=1)
     task.linear = lora.get("train", "b") == "b"
     return task, adapters
@@ -187,12 +188,29 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "interleaved": ("alkn", {"lr": 1e-2, "rehearsal": 32, "decay_steps": 60}),
     "rounds": ("alkn", {"preset": "rounds", "lr": 1e-2, "batch_size": 4}),
     "task_vector": ("task_vector", {"lr": 1e-2, "batch_size": 4}),
+    "derived": ("alkn", {"preset": "derived", "lr": 1e-2, "batch_size": 4}),
+    "paper": ("alkn", {"preset": "paper", "lr": 1e-2, "batch_size": 4, "scale": None}),
+    "gradient_ascent": ("gradient_ascent", {"lr": 5e-3}),
     "gradient_difference": ("gradient_difference", {"lr": 5e-3}),
+    "kl_minimization": ("kl_minimization", {"lr": 5e-3}),
+    "npo": ("npo", {"lr": 5e-3}),
+    "simnpo": ("simnpo", {"lr": 5e-3, "beta": 0.5, "forget_weight": 1.0}),
+    "dpo": ("dpo", {"lr": 5e-3}),
+    "idk": ("idk", {"lr": 5e-3, "steps": 100}),
+    "undial": ("undial", {"lr": 1e-2, "strength": 25.0, "steps": 100}),
+    "wga": ("wga", {"lr": 5e-3}),
+    "satimp": ("satimp", {"lr": 5e-3, "saturation": 1.0, "forget_weight": 1.0}),
+    "rmu": ("rmu", {"lr": 1e-2, "trains": "blocks"}),
+    "sku": ("sku", {"lr": 1e-2, "epochs": 20}),
+    "wagle": ("wagle", {"lr": 5e-3, "loss": "gradient_difference"}),
+    "second_order": ("second_order", {"lr": 5e-3}),
 }
+END_ABOVE = ("idk", "undial")
+"""They copy an answer or a teacher, which stops them above these targets; see test_baselines_likelihood.py."""
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_forgets_by_adapters_alone(name: str, memorised: Any) -> None:
+def test_every_method_forgets_by_adapters_alone(name: str, memorised: Any) -> None:
     """The model knew all; merged, it has its own parameters again and scores what the method measured."""
     task, adapters = adapted(memorised)
     before = weights(memorised.trained)
@@ -200,9 +218,10 @@ def test_a_method_forgets_by_adapters_alone(name: str, memorised: Any) -> None:
     outcome = call(method, task, **params)
     adapters.merge()
     after = weights(task.model)
-    assert outcome.history[0]["p"] > 0.9
-    assert outcome.reached and STOP.met(Forgetting.of(score(task.model, memorised.forget)))
-    assert outcome.history[-1]["p"] == pytest.approx(Forgetting.of(score(task.model, memorised.forget)).p, abs=1e-4)
+    now = Forgetting.of(score(task.model, memorised.forget))
+    assert outcome.history[0]["p"] > 0.9 and now.p < 0.1
+    assert outcome.reached is STOP.met(now) is (name not in END_ABOVE)
+    assert outcome.history[-1]["p"] == pytest.approx(now.p, abs=1e-4)
     assert list(after) == list(before)
     for layer, tensor in after.items():
         rank = np.linalg.matrix_rank((tensor - before[layer]).double().numpy(), tol=1e-4) if tensor.dim() == 2 else 0
@@ -212,7 +231,12 @@ def test_a_method_forgets_by_adapters_alone(name: str, memorised: Any) -> None:
         assert float(score(task.model, memorised.retain).probability.mean()) > 0.5
 
 
-@pytest.mark.parametrize("name", ["task_vector", "rounds"])
+def test_no_method_is_left_out() -> None:
+    ours = {name for name, entry in registry.methods.items() if entry.call.__module__.startswith("alkn.")}
+    assert {method for method, _ in METHODS.values()} == ours - {"retrain"}
+
+
+@pytest.mark.parametrize("name", ["task_vector", "rounds", "derived", "sku"])
 def test_scaling_is_refused_where_both_factors_are_trained(name: str, memorised: Any) -> None:
     task, _ = adapted(memorised, train="both")
     method, params = METHODS[name]
