@@ -144,7 +144,7 @@ def attack_figure(rows: Sequence[Row], looks: dict[str, Look], attack: str) -> F
 
 
 def cascade_figure(rows: Sequence[Row]) -> Figure:
-    """P of each request after each step, mean over seeds; a square marks the request's own step."""
+    """P of each request after each step, mean over seeds and below it their range; a square marks its own step."""
     columns = min(4, len(rows))
     lines = math.ceil(len(rows) / columns)
     chain = rows[0].done[0].chain
@@ -152,18 +152,23 @@ def cascade_figure(rows: Sequence[Row]) -> Figure:
     image = None
     for axis, row in zip(axes, rows, strict=False):
         matrix = cascade(row.done)
-        image = axis.imshow(matrix, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        means = [[math.nan if spread is None else spread.mean for spread in line] for line in matrix]
+        image = axis.imshow(means, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         axis.grid(False)
         axis.set_title(row.title, fontsize=10)
         if len(chain) <= 10:
             axis.set(xticks=range(len(chain) + 1), yticks=range(len(chain)))
             axis.set_yticklabels(chain, fontsize=8)
-            for y, values in enumerate(matrix):
+            for y, spreads in enumerate(matrix):
                 axis.add_patch(Rectangle((y + 0.54, y - 0.46), 0.92, 0.92, fill=False, ec="white", lw=1.2))
-                for x, value in enumerate(values):
-                    if value == value:
-                        ink = "black" if value > 0.6 else "white"
-                        axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=ink)
+                for x, spread in enumerate(spreads):
+                    if spread is not None:
+                        ink = "black" if spread.mean > 0.6 else "white"
+                        low, high = f"{spread.low:.2f}", f"{spread.high:.2f}"
+                        place = y if low == high else y - 0.15
+                        axis.text(x, place, f"{spread.mean:.2f}", ha="center", va="center", fontsize=7, color=ink)
+                        if low != high:
+                            axis.text(x, y + 0.22, f"{low}–{high}", ha="center", va="center", fontsize=4.5, color=ink)
         axis.set_xlabel("requests processed")
     for axis in axes[len(rows) :]:
         axis.set_visible(False)
@@ -173,19 +178,18 @@ def cascade_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def cascade(cells: Sequence[CellResult]) -> list[list[float]]:
-    """Mean P over seeds, ``[requests][steps + 1]``, column 0 the base model; NaN where no seed has it."""
+def cascade(cells: Sequence[CellResult]) -> list[list[Spread | None]]:
+    """P over seeds, ``[requests][steps + 1]``, column 0 the base model; ``None`` where no seed has it."""
     chain = cells[0].chain
     models = [[cell.base, *cell.steps] for cell in cells]
     return [
-        [_mean([seed[column].requests.get(request) for seed in models]) for column in range(len(chain) + 1)]
+        [_p_of([seed[column].requests.get(request) for seed in models]) for column in range(len(chain) + 1)]
         for request in chain
     ]
 
 
-def _mean(levels: Sequence[Any]) -> float:
-    spread = Spread.of([None if level is None else level.p for level in levels])
-    return math.nan if spread is None else spread.mean
+def _p_of(levels: Sequence[Any]) -> Spread | None:
+    return Spread.of([None if level is None else level.p for level in levels])
 
 
 def _above_floor(spread: Spread) -> Spread:

@@ -191,9 +191,22 @@ def test_the_curve_and_the_cascade_are_means_over_seeds() -> None:
         values = [cell.steps[number].never["facts"] for cell in cells]
         assert curve[number + 1][0].mean == pytest.approx(np.mean(values))
         assert (curve[number + 1][0].low, curve[number + 1][0].high) == (min(values), max(values))
-    matrix = np.array(plots.cascade(cells))
-    assert matrix.shape == (3, 4) and (matrix[:, 0] == 0.99).all()
-    assert matrix[1, 3] == pytest.approx(np.mean([cell.steps[2].requests["r2"].p for cell in cells]))
+    matrix = plots.cascade(cells)
+    assert [[spread and spread.mean for spread in line][0] for line in matrix] == [0.99] * 3
+    assert {len(line) for line in matrix} == {4}
+    values, found = [cell.steps[2].requests["r2"].p for cell in cells], matrix[1][3]
+    assert found is not None and found.mean == pytest.approx(np.mean(values))
+    assert (found.low, found.high) == (min(values), max(values)) and found.low < found.high
+
+
+def test_the_cascade_tells_the_range_where_seeds_differ() -> None:
+    """A line below the mean where two decimals tell them apart, none for one seed."""
+    for seeds, ranges in ((3, True), (1, False)):
+        cells = [made_up("a", seed) for seed in range(seeds)]
+        figure = plots.cascade_figure([Row(Entry(label="a", method="x"), "", cells, [])])
+        written = [text.get_text() for text in figure.axes[0].texts]
+        assert len([text for text in written if "–" not in text]) == 3 * 4
+        assert any("–" in text for text in written) is ranges
 
 
 def test_the_pictures_are_pictures(tmp_path: Path) -> None:

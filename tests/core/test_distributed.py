@@ -373,12 +373,10 @@ def test_a_whole_chain_has_the_same_metrics(name: str, request_id: str, place: P
     assert reports[0]["passes"] == reports[1]["passes"]
     sets = [read_json(project.step(request_id).evaluation)["sets"] for project in (one, two)]
     assert set(sets[0]) == set(sets[1])
+    near = NEAR[run][request_id]
     for part in sets[0]:
         for metric in ("probability", "exact_memorization"):
-            assert sets[1][part][metric] == pytest.approx(sets[0][part][metric], abs=NEAR[run][request_id]), (
-                part,
-                metric,
-            )
+            assert sets[1][part][metric] == pytest.approx(sets[0][part][metric], abs=near), (part, metric)
     manifests = [read_json(project.step(request_id).manifest) for project in (one, two)]
     assert manifests[0]["accepted"] == manifests[1]["accepted"]
     folders = [sorted(p.name for p in project.step(request_id).folder.iterdir()) for project in (one, two)]
