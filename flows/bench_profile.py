@@ -11,8 +11,11 @@ Places = Mapping[str, tuple[str, str]]
 """Label -> (end of the file's path, function)."""
 
 INTERLEAVED: Places = {
+    "the level, once a request": ("methods/alkn.py", "_level"),
     "rehearsal: the model writes": ("core/rehearsal.py", "rehearsal_set"),
     "keeping loss, forward": ("core/rehearsal.py", "__call__"),
+    "alternatives, forward": ("core/alternatives.py", "__call__"),
+    "forget loss, forward": ("core/training.py", "__call__"),
     "backward, keeping and forget": ("torch/_tensor.py", "backward"),
     "gradient norm": ("utils/clip_grad.py", "clip_grad_norm_"),
     "AdamW": ("optim/adam.py", "step"),

@@ -53,6 +53,17 @@ class Entry(Params):
                 raise ValueError(f"expected a list of numbers or words for {key}")
         return sweep
 
+    def edge(self, variant: str) -> str:
+        """``lowest`` or ``highest`` where the sweep of one number ends at this variant, else nothing."""
+        if len(self.sweep) != 1:
+            return ""
+        ((key, values),) = self.sweep.items()
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if len(numbers) < max(2, len(values)):
+            return ""
+        ends = {f"{key}={_shown(min(numbers))}": "lowest", f"{key}={_shown(max(numbers))}": "highest"}
+        return ends.get(variant, "")
+
     def variants(self) -> dict[str, dict[str, Any]]:
         """What the sweep asks for: a name such as ``lr=0.0001`` -> the method's mapping; without a sweep, one."""
         method = {"name": self.method} if isinstance(self.method, str) else self.method

@@ -150,16 +150,20 @@ def _sweep_table(results: Results) -> list[str]:
     longest = max(len(trial.result.chain) for trial in results.trials)
     lines = [f"## Sweeps, on the first seed and the first {'request' if longest == 1 else f'{longest} requests'}", ""]
     lines += _head(["method", "values", "targets reached", *map(_heading, names), "chosen"])
+    entries = {row.entry.label: row.entry for row in results.rows}
     for trial in results.trials:
         numbers = trial.result.quantities()
         cells = [_one(numbers.get(name), _form(name)) for name in names]
         reached = f"{trial.result.reached_count}/{len(trial.result.chain)}"
         values = trial.result.cell.variant + (" (diverged)" if trial.result.state == "diverged" else "")
-        lines.append(_line([trial.label, values, reached, *cells, "yes" if trial.chosen else ""]))
+        edge = entries[trial.label].edge(trial.result.cell.variant)
+        chosen = ", ".join(filter(None, ("yes", edge))) if trial.chosen else ""
+        lines.append(_line([trial.label, values, reached, *cells, chosen]))
     return [
         *lines, "",
         f"Chosen: the most utility never drawn on ({results.domain}) among the values that reached every target; where"
-        " none did, most requests reached, then the smallest excess over the targets.", "",
+        " none did, most requests reached, then the smallest excess over the targets. *Lowest* and *highest*: the sweep"
+        " ends there, and what lies beyond was not tried.", "",
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +169,28 @@ def test_cells_that_are_missing_are_counted() -> None:
     row = Row(Entry(label="a", method="x"), "", [made_up("a", 0)], [Cell("a", "", 1)])
     page = table_page(COMPARISON, Results([row], [], "people"))
     assert "1 cells are still to be made" in page and "| a | 0; 1 not made yet |" in page
+
+
+@pytest.mark.parametrize(
+    ("sweep", "variant", "edge"),
+    [
+        ({"lr": (3e-5, 1e-4, 3e-4)}, "lr=3e-05", "lowest"),
+        ({"lr": (3e-4, 3e-5, 1e-4)}, "lr=0.0003", "highest"),
+        ({"lr": (3e-5, 1e-4, 3e-4)}, "lr=0.0001", ""),
+        ({"lr": (1e-4,)}, "lr=0.0001", ""),
+        ({"loss": ("npo", "gradient_difference")}, "loss=npo", ""),
+        ({"lr": (1e-4, 3e-4), "steps": (10, 20)}, "lr=0.0001,steps=10", ""),
+        ({}, "", ""),
+    ],
+)
+def test_a_sweep_that_ends_at_what_it_chose_says_so(sweep: dict[str, Any], variant: str, edge: str) -> None:
+    """Of one number only: of two, or of words, there is no end."""
+    entry = Entry(label="a", method="x", sweep=sweep)
+    assert variant in entry.variants() and entry.edge(variant) == edge
+    made = made_up("a", 0, variant=variant)
+    page = table_page(COMPARISON, Results([Row(entry, variant, [made], [])], [Trial("a", made, True)], "people"))
+    (line,) = [line for line in page.splitlines() if line.startswith(f"| a | {variant} |")]
+    assert line.endswith(f"| yes, {edge} |" if edge else "| yes |")
 
 
 def test_the_sweep_is_shown_with_what_was_chosen() -> None:
