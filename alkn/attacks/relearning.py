@@ -50,24 +50,6 @@ def relearning(target: Target, params: RelearningParams) -> Curve:
     )
 
 
-def relearn_curve(
-    model: nn.Module,
-    forgotten: Sequence[Example],
-    *,
-    share: float = 0.1,
-    steps: Sequence[int] = STEPS,
-    lr: float = 5e-4,
-    batch_size: int = 16,
-    generator: Generator | None = None,
-    progress: Progress = no_progress,
-) -> Curve:
-    """:func:`relearn_requests` on records without request ids; they count as one request, ``forgotten``."""
-    return relearn_requests(
-        model, {"forgotten": forgotten}, share=share, steps=steps, lr=lr, batch_size=batch_size,
-        generator=generator, progress=progress,
-    )  # fmt: skip
-
-
 def relearn_requests(
     model: nn.Module,
     forgotten: Mapping[str, Sequence[Example]],

@@ -66,8 +66,3 @@ def ks_test(a: Sequence[float], b: Sequence[float]) -> KolmogorovSmirnov:
     return KolmogorovSmirnov(
         float(found.statistic), float(found.pvalue), (len(a), len(b)), "exact" if exact else "asymptotic"
     )
-
-
-def ks_p_value(a: Sequence[float], b: Sequence[float]) -> float:
-    """The p-value of :func:`ks_test`."""
-    return ks_test(a, b).p_value

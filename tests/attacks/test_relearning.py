@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from alkn import registry
-from alkn.attacks.relearning import RelearningParams, evenly, relearn_curve, relearn_requests
+from alkn.attacks.relearning import RelearningParams, evenly, relearn_requests
 from alkn.core.attack import Target
 from alkn.core.scoring import Example, score
 from alkn.core.training import Hyperparameters, answer_loss, fine_tune
@@ -64,7 +64,7 @@ def test_steps_are_those_of_adamw_on_the_taught_records(memorised, make_model) -
     """Two steps on one record, against AdamW written out."""
     model = make_model("llama", seed=4)
     records = memorised.forget[:4]
-    curve = relearn_curve(model, records, share=0.25, steps=(2,), lr=1e-2, batch_size=16)
+    curve = relearn_requests(model, {"forgotten": records}, share=0.25, steps=(2,), lr=1e-2, batch_size=16)
     other = copy.deepcopy(model)
     weights = list(other.parameters())
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
@@ -86,7 +86,7 @@ def test_the_given_model_is_unchanged(memorised) -> None:
     model.train()
     model.get_parameter("model.embed_tokens.weight").requires_grad_(False)
     before = bytes_of(model)
-    relearn_curve(model, memorised.forget, share=0.5, steps=(0, 3))
+    relearn_requests(model, {"forgotten": memorised.forget}, share=0.5, steps=(0, 3))
     assert bytes_of(model) == before
     assert model.training and not model.get_parameter("model.embed_tokens.weight").requires_grad
     assert all(p.grad is None for p in model.parameters())
@@ -107,8 +107,8 @@ def test_what_was_only_hidden_comes_back(make_examples) -> None:
         if score(hidden, forget).probability.mean() < 0.05:
             break
         fine_tune(hidden, forget, hp, loss=ascent, generator=generator)
-    regained = relearn_curve(hidden, forget, share=0.3, steps=(0, 40), lr=3e-3)
-    ceiling = relearn_curve(fresh, forget, share=0.3, steps=(0, 40), lr=3e-3)
+    regained = relearn_requests(hidden, {"forgotten": forget}, share=0.3, steps=(0, 40), lr=3e-3)
+    ceiling = relearn_requests(fresh, {"forgotten": forget}, share=0.3, steps=(0, 40), lr=3e-3)
     start, end = regained.points
     assert start.known.p < 0.1
     assert end.known.p > start.known.p + 0.1
@@ -132,7 +132,7 @@ def test_a_request_without_a_measured_record_says_so(memorised) -> None:
     )
     assert set(curve.points[0].requests) == {"b"} and set(curve.missing) == {"a"}
     with pytest.raises(InputError, match="no record is left"):
-        relearn_curve(memorised.model(), memorised.forget[:1])
+        relearn_requests(memorised.model(), {"forgotten": memorised.forget[:1]})
 
 
 @pytest.mark.parametrize("steps", [(), (5, 5), (5, 0), (-1, 5)])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from alkn.attacks.relearning import relearn_curve
+from alkn.attacks.relearning import relearn_requests
 from alkn.core.adversary import Adversary, Resistance
 from alkn.core.descent import Pace, descend
 from alkn.core.scoring import Batch, collate
@@ -180,6 +180,6 @@ def test_relearning_brings_back_less_where_he_was_expected(memorised: Any) -> No
         resist = Resistance(push, weight, lr=5e-3, steps=10, share=0.25) if weight else None
         outcome = descend(task, pace, forget=push, keep=Keep(), rest=True, resist=resist)
         assert outcome.reached
-        curve = relearn_curve(task.model, forget, share=0.25, steps=(0, 40), lr=2e-3)
+        curve = relearn_requests(task.model, {"forgotten": forget}, share=0.25, steps=(0, 40), lr=2e-3)
         back[weight] = curve.points[-1].known.p
     assert back[0.3] < back[0.0] / 4 and back[0.0] > 0.02, back
