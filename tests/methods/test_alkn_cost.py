@@ -11,12 +11,13 @@ from alkn_cases import rounds_of
 from method_cases import NEVER, STOP, task_of
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alkn.core.scoring import mean_gradient, score
 from alkn.core.ternary import Ternary, unpack
 from alkn.core.unlearning import Outcome, StopRule, Task
 from alkn.methods.alkn import alkn
-from alkn.methods.alkn_params import AlknParams, empty_m, stored_gradient
+from alkn.methods.alkn_params import AlknParams, empty_m, move_m, stored_gradient
 
 
 def run(memorised: Any, stop: StopRule = STOP, **more: Any) -> tuple[Task, Outcome]:
@@ -31,6 +32,39 @@ def gradients(seed: int) -> dict[str, Tensor]:
 
 def stored(new: dict[str, Tensor], old: Any = None, **params: Any) -> Any:
     return stored_gradient(new, rounds_of(**params), generator=torch.Generator().manual_seed(0), old=old)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host waits for a number of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("overlap", ["none", "product_std", "gradient_std"])
+@pytest.mark.parametrize(
+    "kept", [{}, {"gradient_dtype": "bf16"}, {"ternary_share": 0.3}, {"ternary_share": 0.3, "gradient_dtype": "bf16"}]
+)
+def test_moving_m_does_not_wait_for_any_tensor(kept: dict[str, Any], overlap: str, memorised: Any) -> None:
+    task = task_of(memorised)
+    p = rounds_of(criterion="m", overlap=overlap, **kept)
+    g_r = stored_gradient(
+        mean_gradient(task.model, task.retain, range(12)), p, generator=torch.Generator().manual_seed(0)
+    )
+    m, old = empty_m(task, p), {name: w > 0 for name, w in task.weights().items()}
+    for w in task.model.parameters():
+        w.grad = torch.ones_like(w)
+    with Reads() as seen:
+        move_m(task, p, m, g_r, old)
+    assert seen.count == 0 and all(bool(t.any()) for t in m.values())
+    with Reads() as seen:
+        float(m["model.norm.weight"].sum())
+    assert seen.count == 1, "it does count"
 
 
 def test_a_gradient_is_kept_as_asked_and_not_twice() -> None:
