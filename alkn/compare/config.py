@@ -55,14 +55,13 @@ class Entry(Params):
 
     def edge(self, variant: str) -> str:
         """``lowest`` or ``highest`` where the sweep of one number ends at this variant, else nothing."""
-        if len(self.sweep) != 1:
+        swept = [(key, values) for key, values in self.sweep.items() if len(values) > 1]
+        if len(swept) != 1:
             return ""
-        ((key, values),) = self.sweep.items()
-        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
-        if len(numbers) < max(2, len(values)):
+        ((key, values),) = swept
+        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
             return ""
-        ends = {f"{key}={_shown(min(numbers))}": "lowest", f"{key}={_shown(max(numbers))}": "highest"}
-        return ends.get(variant, "")
+        return {min(values): "lowest", max(values): "highest"}.get(self.variants()[variant][key], "")
 
     def variants(self) -> dict[str, dict[str, Any]]:
         """What the sweep asks for: a name such as ``lr=0.0001`` -> the method's mapping; without a sweep, one."""

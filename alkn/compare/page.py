@@ -15,7 +15,8 @@ from alkn.files import write_bytes
 PICTURES = {
     "utility": "Utility never drawn on against requests, at equal forgetting where the marker is filled",
     "front": "Forgetting against utility after the last request",
-    "cascade": "P of each request after each step: what was asked for, what came back, what went unasked",
+    "cascade": "P of each request after each step: what was asked for, what came back, what went unasked; below a mean"
+    " the range over seeds, framed its own step",
 }
 
 

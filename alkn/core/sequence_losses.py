@@ -64,18 +64,22 @@ def preference_loss(margin: Tensor, *, beta: float) -> Tensor:
     return -2.0 / beta * nn.functional.logsigmoid(beta * margin).mean()
 
 
-def negative_preference_loss(reference: Tensor, *, beta: float) -> Loss:
+def negative_preference_loss(reference: Tensor, *, beta: float, per_token: bool = False) -> Loss:
     """NPO on a batch of forget records: the reference knows them better, and that is preferred.
 
     Args:
         reference: log π of every forget record under θ_{t-1}, ``[len(task.forget)]``.
         beta: inverse temperature, > 0; towards 0 this is gradient ascent on whole answers.
+        per_token: divide the margin of an answer by its tokens, so that the loss vanishes as many times later.
 
-    Source: Zhang et al. 2024, equation 3.
+    Source: Zhang et al. 2024, equation 3; a token, the code of SOUL (Jia et al. 2024), ``src/unlearn/NPO.py``.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        return preference_loss(reference[list(batch.records)] - answer_log_probs(model, batch), beta=beta)
+        margin = reference[list(batch.records)] - answer_log_probs(model, batch)
+        if per_token:
+            margin = margin / torch.bincount(batch.rows, minlength=len(batch.records))
+        return preference_loss(margin, beta=beta)
 
     return loss
 

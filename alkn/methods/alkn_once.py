@@ -94,9 +94,11 @@ class MaskedTraining:
 
     def groups(self) -> list[dict[str, object]] | None:
         """AdamW's groups: the half of the tensors in which M is densest gets the protected rate."""
-        if self.p.protection != "tensor" or self.previous is None or not any(t.any() for t in self.previous.values()):
+        if self.p.protection != "tensor" or self.previous is None:
             return None
         density = {name: float(self.task.whole(t).float().mean()) for name, t in self.previous.items()}
+        if not any(density.values()):
+            return None
         dense = set(sorted(density, key=lambda n: (-density[n], n))[: len(density) // 2])
         named = [(n, q) for n, q in self.task.model.named_parameters() if q.requires_grad]
         return [
@@ -124,15 +126,12 @@ class MaskedTraining:
 
     def after_step(self, _: int) -> None:
         """The mask, where it is the update's; APM a coordinate at a time: on M ``protection_rate`` of it stays."""
-        if not self.old:
-            return
-        for name, w in self.task.weights().items():
-            update = w - self.old[name]
+        for name, w in self.task.weights().items() if self.old else ():
+            old = self.old.pop(name)
             if self.p.protection == "coordinate" and self.previous is not None:
-                update *= torch.where(self.previous[name], self.p.protection_rate, 1.0)
+                w.copy_(old + (w - old) * torch.where(self.previous[name], self.p.protection_rate, 1.0))
             if name in self.mask:
-                update *= self.mask[name]
-            w.copy_(self.old[name] + update)
+                w.copy_(torch.where(self.mask[name], w, old))
 
     def state(self) -> dict[str, Tensor]:
         """M ∪ 1[m ≥ η], and the thresholds where later requests reuse them."""

@@ -128,12 +128,12 @@ class AlknParams(DescentParams):
         share: share of coordinates that may move (at the start, where a schedule changes it).
         share_end: where the schedule of ``once`` goes.
         schedule: ``constant``, ``linear`` over the training, or ``fifths``: stepwise, each fifth.
-            The percentile is taken anew in every step.
+            The percentile is taken anew in every step of a request that finds thresholds.
         reuse_thresholds: later requests keep the thresholds that the first one ended with.
         scope, estimator: one percentile a tensor or over the model, and how it is found.
         mask_first: m moves before the mask is applied (the authors' code), or after it (the paper).
         masked: what the mask of ``once`` is laid on: the ``gradient``, so that momentum and weight decay still move
-            what it covers, or AdamW's ``update``, as in ``rounds``.
+            what it covers, or AdamW's ``update`` of each step.
         overlap, overlap_factor: penalty μ on coordinates in M; ``none``: M is not kept.
         protection, protection_rate: rate × ``protection_rate`` on M, a coordinate or a tensor at a time (APM).
         scale: λ of ``once``; ``null``: calibrated, the smallest that meets the target.
@@ -176,7 +176,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others",)
+    later: ClassVar = ("others", "masked")
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -335,7 +335,9 @@ def stored_gradient(
         if p.ternary_share is None:
             out[name] = new.to(DTYPES[p.gradient_dtype])
         else:
-            eta = threshold(new.abs(), p.ternary_share, estimator=p.estimator, generator=generator, group=group)
+            # A line between two quantiles would not keep the share of what is heaped at zero.
+            estimator = "sampled" if p.estimator == "trimmed_linear" else p.estimator
+            eta = threshold(new.abs(), p.ternary_share, estimator=estimator, generator=generator, group=group)
             out[name] = Ternary.of(new, eta, gain=p.ternary_gain)
     return out
 

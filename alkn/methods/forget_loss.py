@@ -16,9 +16,9 @@ def forget_loss(task: Task, name: ForgetLoss, *, beta: float) -> Loss:
 
     Args:
         task: the request; its model is θ_{t-1} now, the reference of NPO.
-        name: ``gradient_difference``: −CE; ``npo``: negative preference optimization.
+        name: ``gradient_difference``: −CE; ``npo``: negative preference optimization a token, as in SOUL.
         beta: of NPO.
     """
     if name == "npo":
-        return negative_preference_loss(reference_log_probs(task, task.forget), beta=beta)
+        return negative_preference_loss(reference_log_probs(task, task.forget), beta=beta, per_token=True)
     return ascent_loss()

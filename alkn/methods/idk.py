@@ -18,7 +18,7 @@ class IdkParams(DescentParams):
     """Settings of the baseline.
 
     Attributes:
-        retain_weight: factor on the retain loss; TOFU's is 1.
+        retain_weight: factor on the retain loss.
     """
 
     retain_weight: float = Field(1.0, ge=0)

@@ -178,6 +178,7 @@ def test_cells_that_are_missing_are_counted() -> None:
         ({"lr": (3e-4, 3e-5, 1e-4)}, "lr=0.0003", "highest"),
         ({"lr": (3e-5, 1e-4, 3e-4)}, "lr=0.0001", ""),
         ({"lr": (1e-4,)}, "lr=0.0001", ""),
+        ({"lr": (1e-4, 3e-4), "steps": (10,)}, "lr=0.0003,steps=10", "highest"),
         ({"loss": ("npo", "gradient_difference")}, "loss=npo", ""),
         ({"lr": (1e-4, 3e-4), "steps": (10, 20)}, "lr=0.0001,steps=10", ""),
         ({}, "", ""),

@@ -35,7 +35,7 @@ def stored(new: dict[str, Tensor], old: Any = None, **params: Any) -> Any:
 
 
 class Reads(TorchDispatchMode):
-    """Counts how often the host waits for a number of a tensor."""
+    """Counts how often the host reads a number of a tensor, for which it waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize(
     "kept", [{}, {"gradient_dtype": "bf16"}, {"ternary_share": 0.3}, {"ternary_share": 0.3, "gradient_dtype": "bf16"}]
 )
-def test_moving_m_does_not_wait_for_any_tensor(kept: dict[str, Any], overlap: str, memorised: Any) -> None:
+def test_moving_m_reads_no_number_of_a_tensor(kept: dict[str, Any], overlap: str, memorised: Any) -> None:
     task = task_of(memorised)
     p = rounds_of(criterion="m", overlap=overlap, **kept)
     g_r = stored_gradient(
@@ -81,6 +81,15 @@ def test_a_gradient_is_kept_as_asked_and_not_twice() -> None:
         size = np.abs(given[name].numpy())
         large = size >= np.sort(size.reshape(-1))[::-1][max(1, round(0.2 * size.size)) - 1]
         assert np.array_equal(unpack(t.packed, t.shape).numpy(), np.where(large, np.sign(given[name].numpy()), 0))
+
+
+def test_the_ternary_share_holds_under_every_estimator() -> None:
+    """Also of a gradient of which nine tenths are zero, through which no line is drawn."""
+    generator = torch.Generator().manual_seed(3)
+    sparse = torch.randn(100, 100, generator=generator) * (torch.rand(100, 100, generator=generator) < 0.1)
+    for estimator in ("exact", "sampled", "trimmed_linear"):
+        kept = stored({"a": sparse.clone()}, ternary_share=0.05, estimator=estimator)["a"]
+        assert float((unpack(kept.packed, kept.shape) != 0).double().mean()) == pytest.approx(0.05, abs=0.002)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -114,15 +114,21 @@ def test_a_request_at_its_target_is_left_alone_and_hands_on_what_was_there(prese
 
 @pytest.mark.parametrize("preset", ["reference", "derived", "paper", "rounds"])
 def test_without_retain_records_it_says_what_asks_for_them(preset: str, memorised: Any) -> None:
-    key = "procedure" if preset == "rounds" else "criterion"
-    with pytest.raises(InputError, match=rf"method\.{key}: there is no retain record to draw; 'r"):
+    with pytest.raises(InputError, match=r"^method\.criterion.*: there is no retain record to draw; 'random'"):
         alkn(task_of(memorised, retain=[]), AlknParams(preset=preset))  # type: ignore[arg-type]
 
 
-def test_a_mask_by_size_needs_no_retain_records(memorised: Any) -> None:
-    task = task_of(memorised, retain=[])
-    params = {"preset": "derived", "criterion": "magnitude", "lr": 2e-3}
-    assert alkn(task, AlknParams.model_validate(params)).reached
+@pytest.mark.parametrize(("preset", "negations"), [("derived", 1), ("rounds", 2)])
+def test_a_mask_by_size_needs_no_retain_records(preset: str, negations: int, memorised: Any) -> None:
+    """Nor does it pass any: what is there changes nothing."""
+    ends = []
+    for retain in ([], memorised.retain):
+        task = task_of(memorised, stop=NEVER, retain=retain)
+        more = {"steps": 2, "epochs": 5} if preset == "rounds" else {"scale": 1.0}
+        outcome = alkn(task, AlknParams.model_validate({"preset": preset, "criterion": "magnitude", "lr": 2e-3} | more))
+        assert outcome.passes == negations * 5 * 6
+        ends.append(task.copy_weights())
+    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
 
 
 def test_paper_moves_everything_first_and_masks_afterwards(memorised: Any, full_forward: Any) -> None:
@@ -175,6 +181,48 @@ def test_a_masked_update_stays_where_a_masked_gradient_decays(preset: str, memor
         decayed = (1 - 1e-3 * 0.1) ** 3 - 1
         start = memorised.trained.get_parameter(name).detach()
         torch.testing.assert_close(ends["gradient", "closed"][name], -decayed * start, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask_first", [True, False])
+@pytest.mark.parametrize("used", [False, True], ids=["first request", "protected"])
+def test_a_masked_update_step_by_step(mask_first: bool, used: bool, memorised: Any) -> None:
+    """Three steps: outside the mask of the step nothing moves, inside all that AdamW moves does, on M a tenth of it."""
+    state = {n: w > 0 for n, w in memorised.trained.named_parameters()} if used else {}
+    task = task_of(memorised, stop=NEVER, state={f"mask.{name}": mask for name, mask in state.items()})
+    params = AlknParams.model_validate(
+        {"preset": "paper", "lr": 1e-3, "epochs": 3, "share": 0.5, "schedule": "constant", "estimator": "exact",
+         "scope": "tensor", "mask_first": mask_first, "masked": "update"}
+    )  # fmt: skip
+    training = MaskedTraining(task, params)
+    masks: list[dict[str, Tensor]] = []
+    starts: list[dict[str, Tensor]] = []
+    free: dict[str, Tensor] = {}
+
+    def before(step: int, batch: Batch) -> None:
+        held = {name: t.clone() for name, t in training.m.items()}
+        cuts = dict(training.eta)
+        starts.append(task.copy_weights())
+        training.before_step(step, batch)
+        after = (training.m, training.eta) if mask_first else (held, cuts)
+        masks.append({name: t >= after[1][name] for name, t in after[0].items() if after[1]})
+
+    def after(step: int) -> None:
+        free.update(task.copy_weights())
+        training.after_step(step)
+        assert not training.old, "no copy of the weights outlives a step"
+        for name, w in task.weights().items():
+            old, mask = starts[-1][name], masks[-1].get(name, torch.ones_like(w, dtype=torch.bool))
+            assert torch.equal(w[~mask], old[~mask])
+            share = torch.where(state[name], 0.1, 1.0) if used else torch.ones_like(w)
+            torch.testing.assert_close(w[mask], (old + (free[name] - old) * share)[mask], rtol=0, atol=0)
+            assert bool((w[mask] != old[mask]).any())
+
+    fine_tune(
+        task.model, task.forget, params.hyperparameters(), loss=answer_loss(), generator=task.generator("order"),
+        before_step=before, after_step=after,
+    )  # fmt: skip
+    assert len(masks) == 3 and bool(masks[0]) is mask_first
+    assert all(0.3 < float(t.double().mean()) < 0.7 for t in masks[2].values() if t.numel() > 100)
 
 
 def test_protected_coordinates_move_a_tenth(memorised: Any) -> None:

@@ -127,12 +127,23 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
     assert cause.faults[0][1].endswith("only 'rounds' and 'once'")
 
 
-def test_a_key_that_came_later_is_written_where_it_is_used() -> None:
+LATER: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "others": ({}, 0.0, 0.5),
+    "masked": ({"preset": "paper"}, "gradient", "update"),
+}
+
+
+def test_every_key_that_came_later_is_tried() -> None:
+    assert set(LATER) == set(AlknParams.later)
+
+
+@pytest.mark.parametrize("key", LATER)
+def test_a_key_that_came_later_is_written_where_it_is_used(key: str) -> None:
     """What was frozen before it is read back as it was."""
-    (key,) = AlknParams.later
-    assert key not in AlknParams.model_validate({key: 0.0}).model_dump()
-    used = AlknParams.model_validate({key: 0.5})
-    assert used.model_dump()[key] == 0.5 and AlknParams.model_validate(used.model_dump()) == used
+    beside, default, other = LATER[key]
+    assert key not in AlknParams.model_validate({**beside, key: default}).model_dump()
+    used = AlknParams.model_validate({**beside, key: other})
+    assert used.model_dump()[key] == other and AlknParams.model_validate(used.model_dump()) == used
 
 
 class Watched(AlknParams):

@@ -14,6 +14,7 @@ from alkn.core.scoring import collate
 from alkn.core.sequence_losses import ascent_loss, negative_preference_loss, reference_log_probs
 from alkn.core.sophia import gauss_newton_bartlett
 from alkn.core.training import answer_loss
+from alkn.methods.forget_loss import forget_loss
 from alkn.methods.wagle import WagleParams, attribution, attribution_mask, forget_gradient, mean_curvature
 
 
@@ -55,6 +56,21 @@ def test_the_forget_gradient_of_npo(max_tokens: int, memorised: Any, full_forwar
     for name, found in forget_gradient(task, loss, max_tokens=max_tokens).items():
         np.testing.assert_allclose(found.numpy(), -whole[name], rtol=1e-3, atol=1e-6)
     assert all(p.grad is None for p in task.model.parameters())
+
+
+def test_npo_a_token_by_hand(memorised: Any, full_forward: Any) -> None:
+    """−(2/β) · mean log σ(β · mean over tokens of log π_{t-1} − log π), by full forwards of both models."""
+    task, beta = task_of(memorised), 0.7
+    loss = forget_loss(task, "npo", beta=beta)
+    old = [full_forward(task.model, e)[0].mean().item() for e in memorised.forget]
+    with torch.no_grad():
+        for number, p in enumerate(task.model.parameters()):
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(number)))
+        new = [full_forward(task.model, e)[0].mean().item() for e in memorised.forget]
+        found = float(loss(task.model, collate(memorised.forget, range(6), device=CPU)))
+    margins = np.array(new) - np.array(old)
+    assert len({e.answer_length for e in memorised.forget}) > 1 and np.abs(margins).max() > 0.1
+    assert found == pytest.approx(np.mean(2 / beta * np.log1p(np.exp(-beta * margins))), rel=1e-4)
 
 
 @pytest.mark.parametrize("retain_batch", [4, 0])
