@@ -140,7 +140,7 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
         if keeper is None or task.stop.met(now):
             break
         task.progress("rounds", number - 1, p.steps)
-        if p.criterion in ("m", "exact") and (number - 1) % p.retain_every == 0:
+        if p.ranks_by_gradient and (number - 1) % p.retain_every == 0:
             sampling = task.generator("ternary", number)
             g_r = stored_gradient(keeper.gradient(number), p, generator=sampling, old=g_r or None, group=task.shards)
         scale, now, scores = _round(task, p, number, scores, g_r, previous, used)
@@ -154,7 +154,7 @@ def _in_rounds(task: Task, p: AlknParams) -> Outcome:
 
 
 def _keeper(task: Task, p: AlknParams) -> Keeper:
-    if p.criterion in ("m", "exact") or p.rehearsal or p.repair_steps:
+    if p.ranks_by_gradient or p.rehearsal or p.repair_steps:
         keys = "method.criterion, method.rehearsal, method.repair_steps"
         task.require_retain(keys, "'random' or 'magnitude', 0 and 0 need none")
     return Keeper(

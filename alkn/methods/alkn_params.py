@@ -280,6 +280,11 @@ class AlknParams(DescentParams):
         """Whether the records of earlier requests are read."""
         return self.procedure == "interleaved" and self.replay > 0
 
+    @property
+    def ranks_by_gradient(self) -> bool:
+        """Whether G_r says which coordinates may move."""
+        return self.criterion in ("m", "exact")
+
     def sample_size(self, forget: int) -> int | None:
         """How many retain records G_r is the mean of, beside a request of so many; ``None``: all."""
         return {"sample": self.retain_sample, "paired": forget, "full": None}[self.retain_gradient]
