@@ -118,11 +118,13 @@ def unlearn_step(project: Project, plan: Plan, *, progress: Progress = no_progre
         autocast=runtime.autocast,
         progress=progress,
     )
-    if plan.settings.method.name == "retrain":
-        task.rest = _rest(project, plan, encoder)
     params: Any = plan.settings.method.params
-    if getattr(params, "replays", False):
+    retrains, replays = plan.settings.method.name == "retrain", getattr(params, "replays", False)
+    if retrains:
+        task.rest = _rest(project, plan, encoder)
+    if replays:
         task.earlier = _replayed(project, plan, encoder)
+    if retrains or replays:
         task.origin = lambda: _trainable(_origin(project, plan), runtime, plan.settings)[0]
     with _adapted(task, plan.settings):
         outcome = registry.methods[plan.settings.method.name].call(task, params)

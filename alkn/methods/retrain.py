@@ -17,17 +17,17 @@ from alkn.errors import InputError
 from alkn.registry import Params, register_method
 
 SLACK = 0.005
-"""How far below θ_{t-1} on the retain records a model trained anew may end, in P, unless ``until`` says otherwise."""
+"""How far below the base model on the retain records a model trained anew may end, in P, without ``until``."""
 
 
 class RetrainParams(Params):
-    """Settings of the ceiling; the defaults are those of a base model's training, with ten epochs more.
+    """Settings of the ceiling; the defaults are those of a base model's training, with twice the epochs.
 
-    Fewer records make fewer steps an epoch, and the level of the model before has to be reached.
+    Fewer records make fewer steps an epoch, and the base model's level has to be reached.
 
     Attributes:
         until: training ends after the epoch in which mean P on the retain records reaches this;
-            ``null``: that of θ_{t-1} less 0.005.
+            ``null``: the base model's, less 0.005.
         epochs: most passes; the learning rate is planned over all of them.
         lr, batch_size, weight_decay: AdamW's.
         warmup: optimizer steps in which the rate rises linearly.
@@ -35,7 +35,7 @@ class RetrainParams(Params):
     """
 
     until: float | None = Field(None, ge=0, le=1)
-    epochs: int = Field(40, ge=1)
+    epochs: int = Field(60, ge=1)
     lr: float = Field(3e-3, gt=0)
     batch_size: int = Field(16, ge=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -45,15 +45,16 @@ class RetrainParams(Params):
 
 @register_method("retrain", params=RetrainParams, source="training without the records: exact unlearning")
 def retrain(task: Task, params: RetrainParams) -> Outcome:
-    """θ_t = a fresh model of the same architecture, trained on retain + rest; θ_{t-1} lends it nothing but its level.
+    """θ_t = a fresh model of the same architecture, trained on retain + rest to the base model's level.
 
+    It is not θ_{t-1}'s: what each request may lack of it would add up over a chain.
     ``reached`` means that level: nothing has to be forgotten here, so the stop rule is not what ends it.
     """
     refuse_split(task.model, "method: retrain")
     if not task.retain:
         raise InputError("method: retrain trains to the level of the retain records, and there are none")
     before, _ = task.measure()
-    level = _mean_p(task.model, task) - SLACK if params.until is None else params.until
+    level = _mean_p(task.teacher("origin"), task) - SLACK if params.until is None else params.until
     examples = without(task.forget, [*task.retain, *task.rest])
     fresh = fresh_model(task)
     hp = Hyperparameters(

@@ -53,6 +53,19 @@ def test_the_level_is_that_of_the_model_before_less_the_slack(memorised: Any) ->
     assert longer.reached and outcome.history[1]["epochs"] < longer.history[1]["epochs"] < 60
 
 
+def test_over_a_chain_the_level_stays_the_base_models(memorised: Any) -> None:
+    """What θ_{t-1} lacks of it is not taken off once more."""
+    worn = memorised.model()
+    with torch.no_grad():
+        for p in worn.parameters():
+            p.add_(torch.randn(p.shape, generator=seeded(p.numel())), alpha=0.06)
+    task = task_of(memorised, model=worn, origin=memorised.model)
+    base = p_of(memorised.trained, memorised.retain)
+    assert p_of(worn, memorised.retain) < 0.9 < base
+    outcome = call("retrain", task, epochs=200)
+    assert outcome.reached and p_of(task.model, memorised.retain) >= base - 0.005
+
+
 def test_too_few_epochs_are_reported(memorised: Any) -> None:
     task = task_of(memorised)
     outcome = call("retrain", task, epochs=2)
