@@ -216,7 +216,7 @@ def test_the_curve_and_the_cascade_are_means_over_seeds() -> None:
         assert curve[number + 1][0].mean == pytest.approx(np.mean(values))
         assert (curve[number + 1][0].low, curve[number + 1][0].high) == (min(values), max(values))
     matrix = plots.cascade(cells)
-    assert [[spread and spread.mean for spread in line][0] for line in matrix] == [0.99] * 3
+    assert [line[0] and line[0].mean for line in matrix] == [0.99] * 3
     assert {len(line) for line in matrix} == {4}
     values, found = [cell.steps[2].requests["r2"].p for cell in cells], matrix[1][3]
     assert found is not None and found.mean == pytest.approx(np.mean(values))

@@ -221,8 +221,13 @@ def work(rank: int, port: int, folder: str, projects: Mapping[str, str]) -> None
         project = Project(Path(root))
         if name == PENDING:
             assert begin_together(project, "r001", project.settings()) == ("base", ())
-        make_chain(project, CHAINS[name.split(".")[0]])
+        make_chain(project, CHAINS[run_of(name)])
     torch.distributed.destroy_process_group()
+
+
+def run_of(name: str) -> str:
+    """Which of :data:`RUNS` a project's name begins with."""
+    return name.split(".")[0]
 
 
 def make_chain(project: Project, requests: Sequence[str]) -> None:
@@ -278,8 +283,8 @@ def place(
     folder = tmp_path_factory.mktemp("processes")
     for name in (*(f"{run}.one" for run in RUNS), *TOGETHER):
         shutil.copytree(tiny_ground.root, folder / name)
-        project, values = Project(folder / name), {**tiny_values, "method": RUNS[name.split(".")[0]]}
-        requests = CHAINS[name.split(".")[0]]
+        project, values = Project(folder / name), {**tiny_values, "method": RUNS[run_of(name)]}
+        requests = CHAINS[run_of(name)]
         if name == PENDING:
             write_yaml(project.params, values)
             save_ledger(project, Ledger(pending=pending(project, *requests)))
@@ -358,11 +363,11 @@ def test_curvature_is_of_the_whole_batch(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "request_id"), [(name, request) for name in TOGETHER for request in CHAINS[name.split(".")[0]]]
+    ("name", "request_id"), [(name, request) for name in TOGETHER for request in CHAINS[run_of(name)]]
 )
 def test_a_whole_chain_has_the_same_metrics(name: str, request_id: str, place: Path) -> None:
     """The verdict, the steps and the measured values; rank 0 left the same files as one process does."""
-    run = name.split(".")[0]
+    run = run_of(name)
     one = Project(place / f"{run}.one")
     if not one.step("r001").manifest.is_file():
         make_chain(one, CHAINS[run])
