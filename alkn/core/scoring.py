@@ -1,8 +1,8 @@
 """Scoring answers under teacher forcing: probabilities, losses, and what a greedy reader would get right.
 
 Methods stop on these numbers and metrics are built on them. The language-model head is taken at
-the labelled positions only and batches hold records of similar length, which is two and more
-times faster than padded full logits.
+the labelled positions only and batches hold records of similar length, or are passed in parts that do, which is two and
+more times faster than padded full logits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from alkn.core.distributed import (
     dealt,
     joined_rows,
     local,
+    processes,
     rank,
     shares,
     shares_rows,
@@ -29,6 +30,9 @@ from alkn.core.distributed import (
 
 LABELLED = "_alkn_labelled"
 """Attribute under which a split model has :func:`labelled` as a method (see :mod:`alkn.core.sharding`)."""
+
+RUN = 64
+"""What a run of the model on a CPU costs beside its padded tokens, in tokens: see docs/PERFORMANCE.md."""
 
 PROMPT = 4
 """Fewest tokens of a prompt that asks something; before plain text stands less."""
@@ -178,11 +182,62 @@ def labelled(model: nn.Module, input_ids: Tensor, positions: Tensor, *, states: 
     causal_lm: Any = model
     plain = has_plain_head(model)
     run = causal_lm.base_model if plain else causal_lm
-    said = run(input_ids=input_ids, use_cache=False, output_hidden_states=states)
-    blocks = [hidden.flatten(0, 1)[positions] for hidden in said.hidden_states[1:]] if states else []
-    if plain:
-        return [causal_lm.get_output_embeddings()(said.last_hidden_state.flatten(0, 1)[positions]), *blocks]
-    return [said.logits.flatten(0, 1)[positions], *blocks]
+
+    def at(input_ids: Tensor, positions: Tensor) -> list[Tensor]:
+        said = run(input_ids=input_ids, use_cache=False, output_hidden_states=states)
+        blocks = said.hidden_states[1:] if states else ()
+        last = said.last_hidden_state if plain else said.logits
+        return [values.flatten(0, 1)[positions] for values in (last, *blocks)]
+
+    last, *blocks = _in_runs(at, input_ids, positions)
+    return [causal_lm.get_output_embeddings()(last) if plain else last, *blocks]
+
+
+def _in_runs(at: Callable[[Tensor, Tensor], list[Tensor]], input_ids: Tensor, positions: Tensor) -> list[Tensor]:
+    """``at`` on rows of similar length at a time, where that saves more padding than another run of the model costs.
+
+    Not on an accelerator, which a small batch does not fill anyway, nor beside other processes, which have to run a
+    model with split weights equally often.
+    """
+    if input_ids.device.type != "cpu" or processes() > 1:
+        return at(input_ids, positions)
+    seq = input_ids.shape[1]
+    rows, columns = positions // seq, positions % seq
+    widths = torch.ones(len(input_ids), dtype=torch.long).scatter_reduce_(0, rows, columns + 1, "amax").tolist()
+    place = torch.empty(len(input_ids), dtype=torch.long)
+    found, order = [], []
+    for part in runs_of(widths, RUN):
+        width = widths[part[-1]]
+        place.fill_(-1)[part] = torch.arange(len(part))
+        mine = torch.nonzero(place[rows] >= 0).flatten()
+        found.append(at(input_ids[part, :width], place[rows[mine]] * width + columns[mine]))
+        order.append(mine)
+    back = torch.cat(order).argsort()
+    return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]
+
+
+def runs_of(widths: Sequence[int], cost: int) -> list[list[int]]:
+    """Split rows into runs of a model, each padded to its longest row, so that all cost the least.
+
+    Args:
+        widths: tokens of each row, at least one row.
+        cost: of a run beside its padded tokens, in tokens.
+
+    Returns:
+        The rows of each run by rising width, the runs too: in that order the best split is one into neighbours.
+    """
+    order = sorted(range(len(widths)), key=lambda row: widths[row])
+    least, begins = [0], []
+    for end in range(1, len(order) + 1):
+        width = widths[order[end - 1]]
+        total, begin = min((least[k] + cost + (end - k) * width, k) for k in range(end))
+        least.append(total)
+        begins.append(begin)
+    runs, end = [], len(order)
+    while end:
+        runs.append(order[begins[end - 1] : end])
+        end = begins[end - 1]
+    return runs[::-1]
 
 
 def has_plain_head(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from alkn.core.scoring import (
     collate,
     has_plain_head,
     mean_gradient,
+    runs_of,
     score,
     shuffled_batches,
     weighted_nll,
@@ -76,6 +77,61 @@ def test_states_are_what_the_blocks_say_at_the_labels(kind: str, make_model: Any
     assert len(states) == len(blocks) >= 2
     for found, rows in zip(states, wanted, strict=True):
         torch.testing.assert_close(found, torch.cat(rows), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_rows_of_one_length_are_run_apart(kind: str, make_model: Any, make_examples: Any, full_forward: Any) -> None:
+    """Two long records among ten short ones are a run of their own; logits and gradient are each record's alone."""
+    model, rtol = make_model(kind, std=0.3).double(), 1e-5 if kind == "gemma2" else 1e-9  # gemma2 norms in float32
+    short = make_examples(10, answer=(1, 6))
+    long = make_examples(2, seed=1, prompt=(50, 52), answer=(4, 8))
+    examples = [*short[:3], long[0], *short[3:8], long[1], *short[8:]]
+    assert has_plain_head(model) is (kind != "gemma2"), "which is asked of the model once"
+    runs: list[tuple[int, ...]] = []
+    blocks = decoder_blocks(model)
+    hook = blocks[0].register_forward_hook(lambda _m, given, _out: runs.append(tuple(given[0].shape[:2])))
+    logits, states = answer_states(model, collate(examples, range(12), device=torch.device("cpu")))
+    hook.remove()
+    assert [rows for rows, _ in runs] == [10, 2]
+    assert runs[0][1] < max(e.tokens.numel() for e in short), "the end-of-sequence is a label and no input"
+    assert [len(said) for said in states] == [len(logits)] * len(blocks)
+    alone = torch.cat([full_forward(model, example)[1] for example in examples])
+    torch.testing.assert_close(logits, alone, rtol=rtol, atol=1e-9)
+    direction = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(0))
+    weights = list(model.parameters())
+    for found, expected in zip(
+        torch.autograd.grad((logits * direction).sum(), weights),
+        torch.autograd.grad((alone * direction).sum(), weights),
+        strict=True,
+    ):
+        assert float((found - expected).norm()) <= rtol * float(expected.norm())
+
+
+@pytest.mark.parametrize("cost", [0, 3, 20, 1000])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_split_of_the_rows_costs_less(cost: int, seed: int) -> None:
+    """Against every way to split seven rows, of neighbours by length or not."""
+    widths = torch.randint(1, 40, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def splits(rows: list[int]) -> Iterator[list[list[int]]]:
+        if not rows:
+            yield []
+            return
+        first, rest = rows[0], rows[1:]
+        for count in range(len(rest) + 1):
+            for others in itertools.combinations(rest, count):
+                for more in splits([row for row in rest if row not in others]):
+                    yield [[first, *others], *more]
+
+    def total(runs: list[list[int]]) -> int:
+        return sum(cost + len(run) * max(widths[row] for row in run) for run in runs)
+
+    everything = list(splits(list(range(7))))
+    assert len(everything) == 877, "the number of partitions of seven things (Bell)"
+    found = runs_of(widths, cost)
+    assert sorted(row for run in found for row in run) == list(range(7))
+    assert total(found) == min(map(total, everything))
+    assert all(widths[run[-1]] == max(widths[row] for row in run) for run in found)
 
 
 @pytest.mark.parametrize("kind", PLAIN)
