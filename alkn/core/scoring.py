@@ -31,8 +31,8 @@ from alkn.core.distributed import (
 LABELLED = "_alkn_labelled"
 """Attribute under which a split model has :func:`labelled` as a method (see :mod:`alkn.core.sharding`)."""
 
-RUN = 64
-"""What a run of the model on a CPU costs beside its padded tokens, in tokens: see docs/PERFORMANCE.md."""
+RUN_COST = 64
+"""Padded tokens that a run of the model on a CPU costs beside its own, measured in one thread (docs/PERFORMANCE.md)."""
 
 PROMPT = 4
 """Fewest tokens of a prompt that asks something; before plain text stands less."""
@@ -181,38 +181,43 @@ def labelled(model: nn.Module, input_ids: Tensor, positions: Tensor, *, states: 
     """
     causal_lm: Any = model
     plain = has_plain_head(model)
-    run = causal_lm.base_model if plain else causal_lm
+    forward = causal_lm.base_model if plain else causal_lm
 
-    def at(input_ids: Tensor, positions: Tensor) -> list[Tensor]:
-        said = run(input_ids=input_ids, use_cache=False, output_hidden_states=states)
+    def at(ids: Tensor, places: Tensor) -> list[Tensor]:
+        said = forward(input_ids=ids, use_cache=False, output_hidden_states=states)
         blocks = said.hidden_states[1:] if states else ()
         last = said.last_hidden_state if plain else said.logits
-        return [values.flatten(0, 1)[positions] for values in (last, *blocks)]
+        return [values.flatten(0, 1)[places] for values in (last, *blocks)]
 
-    last, *blocks = _in_runs(at, input_ids, positions)
-    return [causal_lm.get_output_embeddings()(last) if plain else last, *blocks]
+    said, *blocks = _in_runs(at, input_ids, positions)
+    return [causal_lm.get_output_embeddings()(said) if plain else said, *blocks]
 
 
 def _in_runs(at: Callable[[Tensor, Tensor], list[Tensor]], input_ids: Tensor, positions: Tensor) -> list[Tensor]:
     """``at`` on rows of similar length at a time, where that saves more padding than another run of the model costs.
 
-    Not on an accelerator, which a small batch does not fill anyway, nor beside other processes, which have to run a
-    model with split weights equally often.
+    Not on an accelerator, which a small batch does not fill anyway; nor in several processes, since split weights have
+    to be run equally often by all.
     """
     if input_ids.device.type != "cpu" or processes() > 1:
         return at(input_ids, positions)
     seq = input_ids.shape[1]
     rows, columns = positions // seq, positions % seq
+    # Up to the last labelled position: no label is predicted from the end-of-sequence or the padding.
     widths = torch.ones(len(input_ids), dtype=torch.long).scatter_reduce_(0, rows, columns + 1, "amax").tolist()
+    runs = runs_of(widths, RUN_COST)
+    if len(runs) == 1:
+        return at(input_ids, positions)
     place = torch.empty(len(input_ids), dtype=torch.long)
-    found, order = [], []
-    for part in runs_of(widths, RUN):
+    found, labels = [], []
+    for part in runs:
         width = widths[part[-1]]
-        place.fill_(-1)[part] = torch.arange(len(part))
+        place.fill_(-1)
+        place[part] = torch.arange(len(part))
         mine = torch.nonzero(place[rows] >= 0).flatten()
         found.append(at(input_ids[part, :width], place[rows[mine]] * width + columns[mine]))
-        order.append(mine)
-    back = torch.cat(order).argsort()
+        labels.append(mine)
+    back = torch.cat(labels).argsort()
     return [torch.cat(parts)[back] for parts in zip(*found, strict=True)]
 
 

@@ -157,13 +157,16 @@ def read(form: str) -> dict[str, Tensor]:
     """What is only read: scores, answers, the loss of a batch, weights that are set and rounded."""
     task = task_of(form, stored=torch.bfloat16)
     scores = score(task.model, task.retain, max_tokens=30)
+    # One process would run the first of these two batches in parts, and the second, all short, at once.
+    long = [Example(torch.arange(1, 51), 45), Example(torch.arange(51, 101), 40)]
+    uneven = score(task.model, [*long, *examples_of(22, 4)], max_tokens=600)
     answers = greedy(task.model, [e.tokens[:3] for e in task.retain], eos=0, max_new_tokens=5, max_tokens=20)
     batch = collate(task.forget, [3, 0, 2], device=CPU)
     out = {
         "nll": scores.nll, "probs": torch.cat(scores.token_probs), "hits": torch.cat(scores.token_hits),
         "answers": torch.tensor([answer + [-1] * (5 - len(answer)) for answer in answers]),
         "logits": answer_logits(task.model, batch).detach(), "ascent": ascent_loss()(task.model, batch).detach(),
-        "stored": torch.tensor(task.measure_stored()[0].p, dtype=torch.float64),
+        "uneven": uneven.nll, "stored": torch.tensor(task.measure_stored()[0].p, dtype=torch.float64),
     }  # fmt: skip
     theta = task.copy_weights()
     task.set_weights(theta, {name: 0.1 * t for name, t in theta.items()}, 2.0)

@@ -80,7 +80,9 @@ def test_states_are_what_the_blocks_say_at_the_labels(kind: str, make_model: Any
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
-def test_rows_of_one_length_are_run_apart(kind: str, make_model: Any, make_examples: Any, full_forward: Any) -> None:
+def test_rows_of_similar_length_are_run_apart(
+    kind: str, make_model: Any, make_examples: Any, full_forward: Any
+) -> None:
     """Two long records among ten short ones are a run of their own; logits and gradient are each record's alone."""
     model, rtol = make_model(kind, std=0.3).double(), 1e-5 if kind == "gemma2" else 1e-9  # gemma2 norms in float32
     short = make_examples(10, answer=(1, 6))
@@ -94,9 +96,14 @@ def test_rows_of_one_length_are_run_apart(kind: str, make_model: Any, make_examp
     hook.remove()
     assert [rows for rows, _ in runs] == [10, 2]
     assert runs[0][1] < max(e.tokens.numel() for e in short), "the end-of-sequence is a label and no input"
-    assert [len(said) for said in states] == [len(logits)] * len(blocks)
     alone = torch.cat([full_forward(model, example)[1] for example in examples])
     torch.testing.assert_close(logits, alone, rtol=rtol, atol=1e-9)
+    for number, found in enumerate(states, 1):
+        said = [
+            model(input_ids=e.tokens[None], output_hidden_states=True).hidden_states[number][0, e.answer_start - 1 : -1]
+            for e in examples
+        ]
+        torch.testing.assert_close(found, torch.cat(said), rtol=rtol, atol=1e-9)
     direction = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(0))
     weights = list(model.parameters())
     for found, expected in zip(
