@@ -61,12 +61,17 @@ def chain(settled: tuple[Project, Settings], tmp_path: Path) -> tuple[Project, S
 
 
 @contextmanager
-def counted_forward_passes() -> Iterator[list[str]]:
-    """Every call of any module of any model, by a hook on all of them."""
-    calls: list[str] = []
-    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module).__name__))
+def counted_rows() -> Iterator[list[int]]:
+    """The rows of every forward pass of a whole decoder, by a hook on all modules."""
+    rows: list[int] = []
+
+    def count(module: nn.Module, _given: Any, said: Any) -> None:
+        if type(module).__name__ == "LlamaModel":
+            rows.append(len(said.last_hidden_state))
+
+    hook = nn.modules.module.register_module_forward_hook(count)
     try:
-        yield calls
+        yield rows
     finally:
         hook.remove()
 
@@ -112,12 +117,12 @@ def test_every_model_on_every_request_and_domain(chain: tuple[Project, Settings]
 
 def test_asked_again_no_model_is_run(chain: tuple[Project, Settings]) -> None:
     project, settings = chain
-    with counted_forward_passes() as calls:
+    with counted_rows() as rows:
         first = regression_matrix(project, settings)
-    assert calls.count("LlamaModel") == 3 * 3, "a model: one batch of all records, and two passes to look at its head"
-    with counted_forward_passes() as calls:
+    assert sum(rows) == first.scored + 3 * 2, "each record once a model, and two short passes to look at its head"
+    with counted_rows() as rows:
         second = regression_matrix(project, settings)
-    assert calls == [] and second.content == first.content
+    assert rows == [] and second.content == first.content
     assert (first.kept, second.scored) == (0, 0) and first.scored == second.kept > 0
     files = sorted((project.private / "cache").iterdir())
     assert len(files) == 3 * len(second.content["digests"]["records"])
