@@ -61,17 +61,17 @@ def chain(settled: tuple[Project, Settings], tmp_path: Path) -> tuple[Project, S
 
 
 @contextmanager
-def counted_rows() -> Iterator[list[int]]:
-    """The rows of every forward pass of a whole decoder, by a hook on all modules."""
-    rows: list[int] = []
+def counted_calls(vocab_size: int) -> Iterator[list[str]]:
+    """Every call of any module of any model, by a hook on all of them; that of a language-model head as ``head``."""
+    calls: list[str] = []
 
-    def count(module: nn.Module, _given: Any, said: Any) -> None:
-        if type(module).__name__ == "LlamaModel":
-            rows.append(len(said.last_hidden_state))
+    def count(module: nn.Module, _given: Any, _said: Any) -> None:
+        is_head = isinstance(module, nn.Linear) and module.out_features == vocab_size
+        calls.append("head" if is_head else type(module).__name__)
 
     hook = nn.modules.module.register_module_forward_hook(count)
     try:
-        yield rows
+        yield calls
     finally:
         hook.remove()
 
@@ -117,12 +117,13 @@ def test_every_model_on_every_request_and_domain(chain: tuple[Project, Settings]
 
 def test_asked_again_no_model_is_run(chain: tuple[Project, Settings]) -> None:
     project, settings = chain
-    with counted_rows() as rows:
+    vocab_size = load_model(project.base.model).config.vocab_size
+    with counted_calls(vocab_size) as calls:
         first = regression_matrix(project, settings)
-    assert sum(rows) == first.scored + 3 * 2, "each record once a model, and two short passes to look at its head"
-    with counted_rows() as rows:
+    assert calls.count("head") == 3 * 3, "a model: one batch of all records, and two passes to look at its head"
+    with counted_calls(vocab_size) as calls:
         second = regression_matrix(project, settings)
-    assert rows == [] and second.content == first.content
+    assert calls == [] and second.content == first.content
     assert (first.kept, second.scored) == (0, 0) and first.scored == second.kept > 0
     files = sorted((project.private / "cache").iterdir())
     assert len(files) == 3 * len(second.content["digests"]["records"])

@@ -131,7 +131,7 @@ def test_a_round_in_bf16_is_that_of_fp32_but_for_coordinates_at_the_threshold(cr
 def test_rounds_with_a_ternary_gradient_forget_and_keep(memorised: Any) -> None:
     """Two bits of G_r an entry still localise: the retain set stays, and with a random mask it does not.
 
-    What a random mask costs depends on the mask, .63 to .91 of P are left, so it is the mean of four that is asked.
+    What a random mask costs depends on the mask: .63 to .91 of P are left, so six are asked.
     """
 
     def kept(seed: int, **more: Any) -> float:
@@ -140,8 +140,9 @@ def test_rounds_with_a_ternary_gradient_forget_and_keep(memorised: Any) -> None:
         return float(score(task.model, memorised.retain).probability.mean())
 
     for criterion in ("exact", "m"):
-        assert min(kept(seed, criterion=criterion, ternary_share=0.3) for seed in range(4)) > 0.95, criterion
-    assert sum(kept(seed, criterion="random") for seed in range(4)) / 4 < 0.9
+        assert min(kept(seed, criterion=criterion, ternary_share=0.3) for seed in range(6)) > 0.95, criterion
+    lost = [kept(seed, criterion="random") for seed in range(6)]
+    assert min(lost) < 0.8 and sum(lost) / 6 < 0.9
 
 
 def test_a_gradient_that_is_reused_is_not_paid_for(memorised: Any) -> None:
