@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from alkn.core.blocks import decoder_blocks
 from alkn.core.distributed import processes
-from alkn.core.scoring import LABELLED, has_plain_head, labelled
+from alkn.core.labelled import LABELLED, has_plain_head, labelled
 
 
 def split_(model: nn.Module, *, device: torch.device) -> nn.Module:

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 
 from alkn.core.blocks import decoder_blocks
 from alkn.core.generation import at_once, cache_bytes, greedy
+from alkn.core.labelled import has_plain_head, runs_of
 from alkn.core.scoring import (
     Example,
     answer_logits,
     answer_states,
     bucketed,
     collate,
-    has_plain_head,
     mean_gradient,
-    runs_of,
     score,
     shuffled_batches,
     weighted_nll,
