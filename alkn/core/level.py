@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alkn.core.background import BackgroundModel
 from alkn.core.scoring import Example, read_labels
-from alkn.core.training import log_odds, without
+from alkn.core.training import log_odds
 from alkn.core.unlearning import Forgetting, StopRule
 
 SAMPLE = 512
@@ -64,24 +64,6 @@ class Sureness:
         return cls(max(1.0, drawn / (expected / len(before))), own)
 
 
-def rivals(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-    """The largest share that another token has of what an answer token leaves, as a logarithm.
-
-    Args:
-        model: a causal language model on its device.
-        examples: at least one.
-
-    Returns:
-        Per record, ``[answer_length]``, ≤ 0: a token whose log-odds are above it is the first choice of a model that
-        gives all others the same proportions.
-    """
-
-    def read(logits: Tensor, targets: Tensor) -> Tensor:
-        return without(logits, targets).max(-1).values.unsqueeze(0)
-
-    return [found[0] for found in read_labels(model, examples, read, columns=1)]
-
-
 class Level:
     """The log-odds that every answer token of some records shall have: κ · (logit P(background) + shift), bounded.
 
@@ -93,7 +75,6 @@ class Level:
         sureness: κ, and the upper bound.
         shift: what a trained model guesses better than word order alone lets one guess, in nats before κ.
         gap: nats before κ, at least 0.
-        beside: see :func:`rivals`; ``None``: one other token has all the rest.
 
     Attributes:
         odds: per record, ``[answer_length]``; lowered in place.
@@ -108,7 +89,6 @@ class Level:
         *,
         shift: float,
         gap: float = 0.0,
-        beside: Sequence[Tensor] | None = None,
     ) -> None:
         self.scale = sureness.scale
         self.odds = [
@@ -116,12 +96,11 @@ class Level:
         ]
         for z in self.odds:
             z.sub_(self.scale * gap * (z < 0))
-        self._beside = [torch.zeros_like(z) for z in self.odds] if beside is None else beside
 
     def said(self) -> Forgetting:
-        """The two numbers of a model that gives each token just these log-odds, and the others their proportions."""
+        """The two numbers of a model that gives each token just these log-odds, and one other token the rest."""
         p = torch.stack([torch.exp(nn.functional.logsigmoid(z).mean()) for z in self.odds])
-        guessed = torch.stack([(z > rival).float().mean() for z, rival in zip(self.odds, self._beside, strict=True)])
+        guessed = torch.stack([(z > 0).float().mean() for z in self.odds])
         return Forgetting(float(p.mean()), float(guessed.mean()))
 
     def lower(self, now: Forgetting, stop: StopRule, *, by: float) -> bool:

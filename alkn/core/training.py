@@ -153,8 +153,6 @@ def level_loss(
     *,
     scale: float,
     reach: float | None = None,
-    teacher: nn.Module | None = None,
-    others: float = 0.0,
 ) -> Loss:
     """Bring every answer token to given log-odds by half the squared distance over ``scale``; records weigh the same.
 
@@ -162,42 +160,24 @@ def level_loss(
     turned round below it. It is as steep for a token far below even odds as for one above, so that a level of 1e-8 is
     reached as well as one of .1.
 
-    What is taken from a token goes to all others. By itself most of it ends where training finds it easiest to put, in
-    the end of the sequence, and the model answers nothing. With ``others`` they keep the proportions that a teacher
-    gives them: KL(teacher ‖ model) of the two distributions without the token itself. The parts do not meet: one reads
-    the token against all others, the other the others alone.
-
     Args:
         levels: per record of the training set, log-odds of each answer token, ``[answer_length]``.
         scale: > 0, nats to both sides of the level, at which the slope is -1 or 1.
         reach: in ``scale``, > 0: the largest slope; further away it is no steeper (Huber). ``None``: there is none.
-        teacher: the same kind of model, on the same device; it is not trained. ``None``: nothing holds the others.
-        others: factor on the second part, in nats.
 
-    Source: the loss, Huber 1964; its use here and the second part, own.
+    Source: the loss, Huber 1964; its use here, own.
     """
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        logits = answer_logits(model, batch)
-        odds = log_odds(logits, batch.targets)
+        odds = log_odds(answer_logits(model, batch), batch.targets)
         wanted = torch.cat([levels[i] for i in batch.records]).to(odds)
         if reach is None:
             values = (odds - wanted) ** 2 / (2 * scale)
         else:
             values = nn.functional.huber_loss(odds, wanted, reduction="none", delta=reach * scale) / scale
-        if teacher is not None:
-            with torch.no_grad():
-                said = without(answer_logits(teacher, batch), batch.targets)
-            now = without(logits, batch.targets)
-            values = values + others * nn.functional.kl_div(now, said, reduction="none", log_target=True).sum(-1)
         return _mean_over_records(values, batch)
 
     return loss
-
-
-def without(logits: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities of all tokens but the targets, ``[labels, vocab]``; a target's own is finite, and e^x is 0."""
-    return torch.log_softmax(logits.float().scatter(1, targets.unsqueeze(1), -1e4), -1)
 
 
 @dataclass

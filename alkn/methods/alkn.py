@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from alkn.core.adversary import Resistance
 from alkn.core.alternatives import AlternativeTerm
@@ -18,7 +18,7 @@ from alkn.core.calibration import smallest_scale
 from alkn.core.damage import through_damage
 from alkn.core.descent import Keep, Pace, Together, descend
 from alkn.core.gradient_mask import RetainGradient, retain_gain, top_share_mask, top_share_masks
-from alkn.core.level import Level, Sureness, rivals
+from alkn.core.level import Level, Sureness
 from alkn.core.limits import vocabulary_of
 from alkn.core.rehearsal import Keeper
 from alkn.core.scoring import Batch, Scores
@@ -76,11 +76,8 @@ def _interleaved(task: Task, p: AlknParams) -> Outcome:
     pace = p.pace() if pushes else dataclasses.replace(p.pace(), overtime=OVERTIME)
     level = None
     if not pushes or p.resist_weight:
-        says = None
-        if p.others:
-            says = keep.teacher if keep is not None and p.rehearsal else task.teacher(p.teacher)
-        level = _level(task, keep, p, says)
-        to_level = level_loss(level.odds, scale=level.scale, reach=p.level_reach, teacher=says, others=p.others)
+        level = _level(task, keep, p)
+        to_level = level_loss(level.odds, scale=level.scale, reach=p.level_reach)
     resist = None
     if p.resist_weight:
         his = through_damage(to_level, p.damage, task.generator("damage", "resist"))
@@ -113,16 +110,15 @@ def _with_alternatives(task: Task, keep: Keeper | None, p: AlknParams, pace: Pac
     return Together(keep, instead) if instead else keep
 
 
-def _level(task: Task, keep: Keeper | None, p: AlknParams, says: nn.Module | None = None) -> Level:
+def _level(task: Task, keep: Keeper | None, p: AlknParams) -> Level:
     """The level of this and the earlier requests' records, lowered until who says just that meets the target.
 
-    Of answers that are built alike it would guess too much. ``says`` is who gives the other tokens their proportions.
+    Of answers that are built alike it would guess too much.
     """
     background = BackgroundModel(keep.pool if keep else [], vocab_size=vocabulary_of(task.model))
     sureness = Sureness.of(keep.teacher if keep else task.model, task.retain or task.forget, background)
     records = [*task.forget, *task.earlier]
-    beside = None if says is None else rivals(says, records)
-    level = Level(background, records, sureness, shift=p.background_shift, gap=p.background_gap, beside=beside)
+    level = Level(background, records, sureness, shift=p.background_shift, gap=p.background_gap)
     while p.background_step and level.lower(level.said(), task.stop, by=p.background_step):
         pass
     return level

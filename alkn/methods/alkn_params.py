@@ -65,7 +65,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "decay_steps", "lr_floor", "check_every", "retain_batch", "rehearsal_batch", "forget_loss",
-            "level_reach", "forget_weight", "others", "alternatives", "alternative_weight", "background_shift",
+            "level_reach", "forget_weight", "alternatives", "alternative_weight", "background_shift",
             "background_gap", "background_step", "damage", "resist_weight", "resist_lr", "resist_steps",
             "resist_share", "resist_earlier", "replay", "teacher", "retain_exponent", "hidden_weight",
         ),
@@ -143,8 +143,6 @@ class AlknParams(DescentParams):
             :func:`alkn.core.training.level_loss`.
         level_reach: where the pull to the level stops growing, in κ, see there; ``null``: nowhere.
         forget_weight: factor on that loss of a full batch, beside the keeping parts.
-        others: factor on what holds all other tokens to the proportions that the teacher gives them, see
-            :func:`alkn.core.training.level_loss`; 0: nothing does.
         alternatives: interleaved: alternative answers in a step, of the request and as many of earlier ones that are
             replayed, see :func:`alkn.core.alternatives.alternatives`; of a small request fewer. 0: none, nor are
             there any in no-retain mode.
@@ -176,7 +174,7 @@ class AlknParams(DescentParams):
             retain and rehearsal records (KL), rate falling linearly to zero; 0 steps: no repair.
     """
 
-    later: ClassVar = ("others", "masked")
+    later: ClassVar = ("masked",)
     preset: Literal["interleaved", "resistant", "rounds", "derived", "paper", "reference"] = "interleaved"
     procedure: Literal["interleaved", "rounds", "once"] = "interleaved"
     decay_steps: int = Field(120, ge=1)
@@ -215,7 +213,6 @@ class AlknParams(DescentParams):
     forget_loss: Literal["soft_labels", "level"] = "level"
     level_reach: float | None = Field(None, gt=0)
     forget_weight: float = Field(0.3, gt=0)
-    others: float = Field(0.0, ge=0)
     alternatives: int = Field(8, ge=0)
     alternative_weight: float = Field(0.6, gt=0)
     background_shift: float = 2.2
@@ -267,8 +264,6 @@ class AlknParams(DescentParams):
             raise ValueError("procedure 'once' masks gradients by criterion 'm', 'random' or 'magnitude'")
         if self.teacher == "origin" and not self.replay:
             raise ValueError("teacher 'origin' says again what was forgotten since: it needs a replay above 0")
-        if self.others and self.forget_loss != "level":
-            raise ValueError("others shares out what the level takes: it goes with forget_loss 'level'")
         if self.label_form == "log_odds" and self.label_midpoint == 1:
             raise ValueError("label_form 'log_odds' takes a label_midpoint below 1")
         if self.ternary_share is not None and self.retain_momentum > 0:

@@ -10,7 +10,7 @@ import torch
 from scipy.special import expit, log_softmax, logit
 
 from alkn.core.background import BackgroundModel
-from alkn.core.level import SAMPLE, Level, Sureness, rivals
+from alkn.core.level import SAMPLE, Level, Sureness
 from alkn.core.unlearning import Forgetting, StopRule
 
 V = 300
@@ -80,27 +80,6 @@ def test_what_the_level_says(memorised: Any) -> None:
         BackgroundModel([], vocab_size=V), memorised.forget, Sureness(1e-9, 5.0), shift=-2e9
     )  # fmt: skip
     assert level.said().p == pytest.approx(expit(-2.0), rel=1e-4) and level.said().exact_memorization == 0
-
-
-def test_a_token_is_guessed_if_it_beats_its_rival(memorised: Any) -> None:
-    """Log-odds of −2 leave .881 to the others: the likeliest must have less than .135 of that, a log share of −2."""
-    background = BackgroundModel([], vocab_size=V)
-    for share, guessed in ((-1.99, 0.0), (-2.01, 1.0)):
-        beside = [torch.full((e.answer_length,), share) for e in memorised.forget]
-        level = Level(background, memorised.forget, Sureness(1e-9, 5.0), shift=-2e9, beside=beside)
-        assert level.said().exact_memorization == guessed
-
-
-@torch.no_grad()
-def test_rivals_against_the_plain_forward(memorised: Any) -> None:
-    """The largest of the others, over one less the token itself."""
-    for found, example in zip(rivals(memorised.trained, memorised.forget), memorised.forget, strict=True):
-        tokens = example.tokens.unsqueeze(0)
-        p = torch.softmax(memorised.trained(input_ids=tokens).logits[0].double(), -1)[example.answer_start - 1 : -1]
-        own = example.tokens[example.answer_start :]
-        left = 1 - p.gather(1, own.unsqueeze(1)).squeeze(1)
-        largest = p.scatter(1, own.unsqueeze(1), 0.0).max(1).values
-        torch.testing.assert_close(found.double(), (largest / left).log(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from alkn.core.training import (
     log_odds,
     state_distance,
     suppression_loss,
-    without,
 )
 from alkn.core.unlearning import StopRule, Task
 
@@ -81,45 +80,6 @@ def test_level_loss_against_numpy(reach: float | None, make_model: Any, make_exa
     assert reach is None or min(off) < width < max(off), "both branches are in the mean"
     found = level_loss(levels, scale=scale, reach=reach)(model, collate(examples, range(5), device=CPU))
     assert found.item() == pytest.approx(np.mean(means), rel=1e-4)
-
-
-def test_others_keep_a_teachers_proportions(make_model: Any, make_examples: Any, full_forward: Any) -> None:
-    """KL of the two distributions with the token struck out, by numpy; nothing at the teacher itself."""
-    teacher, model, examples = make_model("llama", seed=1, std=0.5), make_model("llama", std=0.5), make_examples(5)
-    levels = [torch.linspace(-9, 4, e.answer_length) for e in examples]
-    means = []
-    for example in examples:
-        rows = []
-        for one in (teacher, model):
-            log_p, tokens = answer_rows(one, [example], full_forward)
-            kept = np.ones_like(log_p, dtype=bool)
-            kept[np.arange(len(tokens)), tokens] = False
-            rows.append(log_softmax(log_p[kept].reshape(len(tokens), -1), axis=1))
-        p, q = rows
-        means.append((np.exp(p) * (p - q)).sum(1).mean())
-    batch = collate(examples, range(5), device=CPU)
-    alone = level_loss(levels, scale=3.0, reach=1.0)(model, batch).item()
-    loss = level_loss(levels, scale=3.0, reach=1.0, teacher=teacher, others=0.7)(model, batch)
-    assert loss.item() == pytest.approx(alone + 0.7 * np.mean(means), rel=1e-4)
-    loss.backward()
-    assert all(w.grad is None for w in teacher.parameters()) and all(w.grad is not None for w in model.parameters())
-    itself = level_loss(levels, scale=3.0, reach=1.0, teacher=copy.deepcopy(model), others=0.7)(model, batch)
-    assert itself.item() == pytest.approx(alone, rel=1e-5)
-
-
-def test_a_token_itself_does_not_move_the_others(make_model: Any, make_examples: Any) -> None:
-    """Whatever its logit is, the rest is one distribution; far from all others included."""
-    examples = make_examples(3)
-    batch = collate(examples, range(3), device=CPU)
-    logits = answer_logits(make_model("llama", std=0.5), batch).detach().double()
-    places = torch.arange(len(batch.targets))
-    for by in (-80.0, 3.0, 80.0):
-        moved = logits.clone()
-        moved[places, batch.targets] += by
-        before, after = without(logits, batch.targets), without(moved, batch.targets)
-        torch.testing.assert_close(before, after)
-        torch.testing.assert_close(before.exp().sum(1), torch.ones(len(places)))
-        assert bool((before.exp()[places, batch.targets] == 0).all())
 
 
 def test_slope_of_the_level_loss(make_model: Any, make_examples: Any) -> None:

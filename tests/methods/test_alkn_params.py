@@ -85,7 +85,6 @@ def test_keys_beside_a_preset_override_it(preset: str) -> None:
     [
         ({"procedure": "once", "label_form": "paper"}, "procedure 'once' masks gradients by criterion 'm'"),
         ({"preset": "derived", "criterion": "exact"}, "procedure 'once' masks gradients by criterion 'm'"),
-        ({"others": 1.0, "forget_loss": "soft_labels"}, "others shares out what the level takes"),
         (
             {"preset": "rounds", "label_form": "log_odds", "label_midpoint": 1},
             "'log_odds' takes a label_midpoint below 1",
@@ -128,7 +127,6 @@ def test_a_key_that_the_procedure_does_not_read_is_an_error() -> None:
 
 
 LATER: dict[str, tuple[dict[str, Any], Any, Any]] = {
-    "others": ({}, 0.0, 0.5),
     "masked": ({"preset": "paper"}, "gradient", "update"),
 }
 
