@@ -39,7 +39,7 @@ def cli(folder: Path) -> None:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--model", help="Folder or hub id of your causal language model [default: trained from scratch].")
 @click.option(
-    "--retain", type=click.Path(path_type=Path), help="Records that must stay known; the mask learns from them."
+    "--retain", type=click.Path(path_type=Path), help="Records that must stay known; the method may learn from them."
 )
 @click.option("--utility", type=click.Path(path_type=Path), help="Records that utility is measured on; never drawn on.")
 @click.option("--holdout", type=click.Path(path_type=Path), help="Comparable records that the model never saw.")

@@ -100,7 +100,7 @@ def make_project(folder: Path, wanted: Wanted) -> Project:
         raise InputError("--retain, --utility and --holdout are for a model of your own: give --model too")
     records = {name: read_records(path) for name, path in wanted.splits.items()}
     if model is not None and "retain" not in records:
-        raise InputError("--model needs --retain FILE: the mask is learned from records that must stay known")
+        raise InputError("--model needs --retain FILE: records that must stay known, for the method to learn from")
     values = _values(folder, wanted, model, records)
     settings = validate_settings(values, wanted.params or folder / "params.yaml")
     folder.parent.mkdir(parents=True, exist_ok=True)
