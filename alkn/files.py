@@ -52,7 +52,8 @@ def read_json(path: Path) -> Any:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read a JSON Lines file that this program wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    # Not str.splitlines: it would also cut at separators that JSON allows inside a string.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def write_via(path: Path, write: Callable[[Path], None]) -> None:

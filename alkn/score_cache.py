@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 SOURCES = (
     "encoding.py",
     "core/scoring.py",
+    "core/labelled.py",
     "core/measured.py",
     "metrics/probability.py",
     "metrics/exact_memorization.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from alkn import score_cache
 from alkn.encoding import Encoder
 from alkn.errors import ChainBroken, InputError
 from alkn.files import keyed_digest_of, read_json, read_jsonl, write_yaml
@@ -215,3 +217,14 @@ def test_the_command(chain: tuple[Project, Settings], tiny_values: dict[str, Any
     content = json.loads(again.stdout)
     assert content == read_json(project.root / "reports" / "matrix.json")
     assert content["cells"]["base"]["r001"]["records"] == content["cells"]["base"]["r001"]["of"] == 4
+
+
+def test_what_is_kept_rests_on_every_file_that_a_score_comes_from() -> None:
+    """Scoring and what it imports of the core; but not what only several processes use."""
+    package, todo, found = Path(score_cache.__file__).parent, ["core/scoring.py"], set()
+    while todo:
+        name = todo.pop()
+        found.add(name)
+        imported = re.findall(r"^from alkn\.core\.(\w+) import", (package / name).read_text(), re.MULTILINE)
+        todo += [path for module in imported if (path := f"core/{module}.py") not in found]
+    assert found - {"core/distributed.py"} <= set(score_cache.SOURCES)

@@ -30,8 +30,9 @@ from alkn.files import digest_of, digest_of_value, read_json, remove, write_json
 from alkn.manifest import code_version, outputs_hold, read_manifest
 from alkn.models import load_model
 from alkn.project import Project, Step
-from alkn.record_sets import earlier_records
+from alkn.record_sets import by_domain, earlier_records, load_split
 from alkn.records import Plan
+from alkn.registry import unknown_name
 from alkn.requests.ledger import BASE, Ledger, save_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Evaluation, Settings, load_settings
@@ -88,6 +89,9 @@ def make_ground(folder: Path, comparison: Comparison, seed: int, tell: Tell) -> 
         chain.prepare_data(ground, settings)
         if not requests_of(ground):
             raise InputError(f"benchmark {getattr(settings.benchmark, 'name', '')!r} has no requests to compare on")
+        domains = list(by_domain(load_split(ground, "utility")))
+        if comparison.choose_by not in (None, *domains):
+            raise InputError(f"choose_by: {unknown_name('utility domain', str(comparison.choose_by), domains)}")
         chain.prepare_base(ground, settings, progress=_telling(tell, BASE))
         make_references(ground, settings, comparison, requests_of(ground), _telling(tell, BASE))
 

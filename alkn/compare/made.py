@@ -34,13 +34,19 @@ class Made:
     @classmethod
     def here(cls) -> Made:
         """By this code, today, on this machine."""
-        version, versions = code_version(), environment()
+        versions = environment()
         return cls(
-            version.get("commit", version["version"])[:12],
+            code_now(),
             f"{datetime.now(UTC):%Y-%m-%d}",
             f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB{_gpu()}; torch {versions['torch']},"
             f" transformers {versions['transformers']}, Python {versions['python']}",
         )
+
+
+def code_now() -> str:
+    """The present code, as :class:`Made` names it."""
+    version = code_version()
+    return str(version.get("commit", version["version"]))[:12]
 
 
 def asked_of(comparison: Comparison, cell: Cell) -> str:

@@ -39,7 +39,7 @@ def write_report(folder: Path, comparison: Comparison, results: Results, *, pict
 
 
 def table_rows(results: Results) -> list[dict[str, Any]]:
-    """One flat row a method: ``<quantity> mean|std|min|max`` over its seeds; what is not there is ``None``."""
+    """One flat row a method: ``<quantity> mean|std|min|max|n`` over its seeds; what is not there is ``None``."""
     rows = []
     for row in results.rows:
         flat: dict[str, Any] = {
@@ -88,7 +88,7 @@ def table_page(comparison: Comparison, results: Results) -> str:
         lines += [f"**Not complete: {len(results.missing)} cells are still to be made.**", ""]
     if results.cells:
         lines += [*_main_table(results), "", *_reading(results), ""]
-    lines += _sweep_table(results) + _shortfalls(results)
+    lines += _sweep_table(results) + _shortfalls(results) + _not_measured(results)
     if comparison.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in comparison.notes), ""]
     return "\n".join(lines)
@@ -104,7 +104,7 @@ def _main_table(results: Results) -> list[str]:
             continue
         spreads = row.spreads()
         reached, asked = sum(c.reached_count for c in row.cells), sum(len(c.chain) for c in row.cells)
-        cells = [_spread(spreads.get(name), _form(name)) for name in names]
+        cells = [_spread(spreads.get(name), _form(name), of=len(row.done)) for name in names]
         lines.append(_line([row.title, _seeds(row), f"{reached}/{asked}", *cells]))
     return lines
 
@@ -186,6 +186,18 @@ def _shortfalls(results: Results) -> list[str]:
     return ["## Targets not reached", "", *head, *lines, "", "A chain goes on from the model that it has.", ""]
 
 
+def _not_measured(results: Results) -> list[str]:
+    """What was asked for of a chain's last model and is not there, with the reason."""
+    lines = [
+        _line([row.title, str(cell.cell.seed), name, reason])
+        for row in results.rows
+        for cell in row.cells
+        for name, reason in cell.final.get("missing", {}).items()
+        if name != "forget_quality"  # nobody asked: there is no reference
+    ]
+    return ["## Not measured", "", *_head(["method", "seed", "what", "why"]), *lines, ""] if lines else []
+
+
 HEADINGS = {
     "p": "P of forget sets, worst request",
     "em": "exact memorization, worst request",
@@ -218,12 +230,14 @@ def _form(name: str) -> Form:
     return lambda value: f"{value:.4f}" if name in ("p", "p_end") else f"{value:.3f}"
 
 
-def _spread(spread: Spread | None, form: Form) -> str:
+def _spread(spread: Spread | None, form: Form, *, of: int = 0) -> str:
+    """Mean, deviation and range; and of how many seeds, where they are fewer than the ``of`` that came to an end."""
     if spread is None:
         return ""
+    fewer = f"<br>{spread.n} of {of} seeds" if spread.n < of else ""
     if spread.std is None:
-        return form(spread.mean)
-    return f"{form(spread.mean)} ± {form(spread.std)}<br>{form(spread.low)}–{form(spread.high)}"
+        return form(spread.mean) + fewer
+    return f"{form(spread.mean)} ± {form(spread.std)}<br>{form(spread.low)}–{form(spread.high)}{fewer}"
 
 
 def _seeds(row: Row) -> str:
@@ -250,7 +264,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _parts(spread: Spread) -> dict[str, float | None]:
-    return {"mean": spread.mean, "std": spread.std, "min": spread.low, "max": spread.high}
+    return {"mean": spread.mean, "std": spread.std, "min": spread.low, "max": spread.high, "n": spread.n}
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -23,7 +23,7 @@ from alkn.compare.cell import (
 )
 from alkn.compare.config import Cell, Comparison, Entry
 from alkn.compare.final import final_file, wanted_of
-from alkn.compare.made import Made, asked_of
+from alkn.compare.made import Made, asked_of, code_now
 from alkn.files import read_json
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
@@ -85,7 +85,7 @@ class CellResult:
         chain: the ids of its requests, also of those that a divergence left out; a trial has the first ones.
         base: the model before any request.
         steps: the model after each request.
-        asked: a digest of its settings, see :func:`alkn.compare.record.asked_of`.
+        asked: a digest of its settings, see :func:`alkn.compare.made.asked_of`.
         splits: a digest of its data.
         made: by which code, when and where.
         final: what was measured of the last model alone, see :mod:`alkn.compare.final`.
@@ -141,16 +141,17 @@ class CellResult:
             out[f"attack/{name}"] = curve["points"][-1][words.about(curve)[0][0]] if curve is not None else None
         tests = self.final.get("forget_quality", {}).values()
         if tests:
-            out["quality_min"] = min(test["p_value"] for test in tests)
-            out["quality_median"] = statistics.median(test["p_value"] for test in tests)
+            whole = len(tests) == len(self.chain)
+            out["quality_min"] = min(test["p_value"] for test in tests) if whole else None
+            out["quality_median"] = statistics.median(test["p_value"] for test in tests) if whole else None
             honest = [value for test in tests for value in test["honest"].values()]
-            out["quality_honest"] = statistics.median(honest) if honest else None
+            out["quality_honest"] = statistics.median(honest) if honest and whole else None
         return out
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A number over seeds. ``std`` is the sample's (n − 1) and missing for one seed."""
+    """A number over the seeds that have it, ``n``. ``std`` is the sample's (n − 1) and missing for one seed."""
 
     n: int
     mean: float
@@ -275,14 +276,14 @@ def choose(results: Sequence[CellResult], domain: str | None) -> CellResult:
 
     Args:
         results: the variants on the first seed.
-        domain: utility domain; ``None``: the first.
+        domain: utility domain, one of those measured; ``None``: the first.
     """
 
     def key(result: CellResult) -> tuple[float, ...]:
         if result.state != "done":
             return (-1.0, float(result.reached_count), 0.0)
         never = result.steps[-1].never
-        utility = never.get(domain, 0.0) if domain else next(iter(never.values()), 0.0)
+        utility = never[domain] if domain else next(iter(never.values()))
         if result.reached_count == len(result.chain):
             return (1.0, utility, 0.0)
         excess = max(step.requests[step.request].excess(result.limits) for step in result.steps)
@@ -327,9 +328,14 @@ def made_here(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | 
 
 
 def _recorded(folder: Path, comparison: Comparison, record: Record, cell: Cell) -> CellResult | None:
-    """A cell on record: of the same settings, and of the same data as the seed's, where they are here."""
+    """A cell on record: of the same settings, and of the same data as the seed's, where they are here.
+
+    One that diverged with other code is tried again.
+    """
     found, ground = record.get(cell.name), ground_of(folder, cell.seed)
     if found is None or found.asked != asked_of(comparison, cell):
+        return None
+    if found.state != "done" and found.made.code != code_now():
         return None
     if belongs(ground, comparison.ground_settings(cell.seed)) and found.splits != splits_of(ground):
         return None

@@ -30,7 +30,7 @@ class Resistance:
         weight: factor on that loss.
         lr: his AdamW's constant learning rate.
         steps: steps that he trains before he starts anew from the model, with other records.
-        share: part of the forget records that he has; at least one, and not all. Of earlier requests the same part.
+        share: part of the forget records that he has; at least one of several, not all; of earlier requests too.
         earlier: factor on the loss on records of earlier requests, beside ``weight``.
     """
 
@@ -48,8 +48,8 @@ class Adversary:
     Args:
         model: what is attacked; its trained weights are borrowed and given back in every call.
         trained: the parameters that the loop trains, each with ``requires_grad``.
-        forget: the forget records; of a single one he has it and nobody is left to protect.
-        earlier: records of earlier requests; the losses' positions go on through them.
+        forget: the forget records. A single one he does not have.
+        earlier: records of earlier requests; the losses' positions go on through them. The same holds for a single one.
         resistance: what he may do, and what is done about it.
         batch_size: records of each of the batches of a step: his, the others', the others' of earlier requests.
         generator: source of his records and of all batches.
@@ -96,8 +96,8 @@ class Adversary:
         Raises:
             TrainingDiverged: if one of the two losses is not finite.
         """
-        if len(self._records) < 2:
-            return
+        if max(map(len, self._requests)) < 2:
+            return  # he has nothing to train on
         if step % self._resistance.steps == 0:
             self._start_anew()
         own = [local(p.detach()).clone() for p in self._trained]

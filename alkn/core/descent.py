@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from alkn.core.adversary import Adversary, Resistance
 from alkn.core.distributed import average_gradients_
 from alkn.core.scoring import collate, endless_batches
-from alkn.core.training import Loss, adamw, backward, distillation_loss
+from alkn.core.training import Loss, adamw, backward, distillation_loss, refuse_broken
 from alkn.core.unlearning import Forgetting, Outcome, Task
 from alkn.errors import InputError
 
@@ -32,7 +32,7 @@ class Pace:
         decay_steps: the rate falls linearly to ``lr_floor`` of it over so many steps, and so many steps are
             always taken; 0: constant rate, and the first measurement that meets the target ends it.
         lr_floor: see ``decay_steps``; 1: constant rate, with a least length.
-        check_every: steps between two measurements of the forget set.
+        check_every: steps between two measurements of the forget set; the steps that may be the last are measured, too.
         batch_size: forget records a step.
         retain_batch: retain records a step, drawn with replacement; 0: no retain term.
         weight_decay: AdamW's decoupled decay.
@@ -59,7 +59,8 @@ class Pace:
         """
         if step < self.decay_steps or self.decay_steps == 0:
             return 1.0
-        return float(self.overtime ** (step // self.check_every - (self.decay_steps - 1) // self.check_every))
+        # The first one right at its end, then at each multiple of ``check_every``.
+        return float(self.overtime ** (1 + step // self.check_every - self.decay_steps // self.check_every))
 
     def rate(self, step: int) -> float:
         """The learning rate of step ``step``, counted from 0."""
@@ -221,7 +222,7 @@ class Watch:
     def __call__(self, step: int) -> Forgetting | None:
         """Measure after step ``step``, if it is time to; of each number the larger one of all requests."""
         pace, stop = self._pace, self._task.stop
-        if step % pace.check_every and step != pace.steps:
+        if step % pace.check_every and step not in (pace.decay_steps, pace.steps):
             return None
         self.now, scores = self._task.measure_stored()
         self.history.append(self.now.row(step))
@@ -277,7 +278,7 @@ def descend(
 
     Raises:
         InputError: if nothing of ``parameters`` requires a gradient.
-        TrainingDiverged: when a loss is not finite, with the step, never with data.
+        TrainingDiverged: when a loss or, after the last step, a weight is not finite; with the step, never with data.
     """
     watch = Watch(task, pace)
     if watch.met:
@@ -319,6 +320,7 @@ def descend(
         worst = watch(step)
         if worst is not None and on_measure is not None:
             on_measure(step, worst)
+    refuse_broken(trained, "unlearning", f"step {step}")
     task.round_weights()
     task.progress("steps", step, step)
     passes = sum(part.passes for part in (keep, push, adversary) if part is not None)

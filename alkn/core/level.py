@@ -104,7 +104,10 @@ class Level:
         return Forgetting(float(p.mean()), float(guessed.mean()))
 
     def lower(self, now: Forgetting, stop: StopRule, *, by: float) -> bool:
-        """Expect less if the target is missed: of all if too much is guessed right, else of what nobody would guess.
+        """Expect less if the target is missed, of all tokens or only of those that nobody would guess.
+
+        Of all if too much is guessed right, or if records whose every token is guessed hold P above the target by
+        themselves: short answers that many records share.
 
         Args:
             now: what was measured.
@@ -114,7 +117,8 @@ class Level:
         Returns:
             Whether it was missed.
         """
-        guessed = now.exact_memorization > stop.exact_memorization
+        certain = sum(float(torch.exp(nn.functional.logsigmoid(z).mean())) for z in self.odds if bool((z >= 0).all()))
+        guessed = now.exact_memorization > stop.exact_memorization or certain / len(self.odds) > stop.p
         missed = guessed or now.p > stop.p
         for z in self.odds if missed else ():
             z.sub_(by * ((z < 0) | guessed))

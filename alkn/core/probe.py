@@ -120,7 +120,7 @@ class Probe:
     def paraphrase_nll(self) -> Tensor | None:
         """Mean token NLL of the paraphrased answer (the answer itself where a record has none), ``[records]``.
 
-        ``None`` if no record has wrong answers to compare with.
+        ``None`` unless every record has wrong answers to compare with.
         """
         if not all(self.records.wrong):
             return None

@@ -23,6 +23,7 @@ from alkn.core.training import (
     linear_warmup,
 )
 from alkn.core.unlearning import Task, Teacher
+from alkn.errors import InputError
 
 
 def group_weights(groups: Sequence[str], exponent: float) -> Tensor:
@@ -53,8 +54,8 @@ def spliced_prompts(
     """Prompts that nobody wrote: the first part of one record's prompt and the rest of another's.
 
     Both are cut at the same relative place, drawn between 0.2 and 0.8, so that templates survive at
-    both ends. A record whose prompt has fewer than :data:`PROMPT` tokens (plain text) gives its own beginning,
-    up to the cut.
+    both ends. Where one of the two has a prompt of fewer than :data:`PROMPT` tokens (plain text), the first record
+    gives its own beginning up to the cut, its answer's included.
 
     Args:
         examples: encoded records, at least one.
@@ -189,6 +190,8 @@ class Keeper:
                 weights=self._shares,
                 progress=task.progress,
             )
+            if not self._written:
+                raise InputError("method.rehearsal: the model says nothing to any prompt; 0 does without its words")
         self.pool = [*task.retain, *self._written]
         self.passes = len(self._written)
 

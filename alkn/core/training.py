@@ -280,6 +280,21 @@ def backward(loss: Tensor, step: int, what: str) -> None:
     loss.backward()
 
 
+def refuse_broken(params: Sequence[nn.Parameter], what: str, last: str) -> None:
+    """What the last update broke no loss has seen.
+
+    Args:
+        params: what was trained.
+        what: which training, for the message.
+        last: which update was the last.
+
+    Raises:
+        TrainingDiverged: if a weight is not finite, in any process.
+    """
+    if not everywhere(bool(torch.stack([local(p.detach()).isfinite().all() for p in params]).all())):
+        raise TrainingDiverged(f"{what}: a weight is not a finite number after {last}")
+
+
 def fine_tune(
     model: nn.Module,
     examples: Sequence[Example],
@@ -351,7 +366,5 @@ def fine_tune(
             progress(label, len(losses), total)
         if until is not None and until():
             break
-    # What the last update broke no loss has seen.
-    if not everywhere(bool(torch.stack([local(p.detach()).isfinite().all() for p in params]).all())):
-        raise TrainingDiverged(f"{label}: a weight is not a finite number after step {len(losses)} of {total}")
+    refuse_broken(params, label, f"step {len(losses)} of {total}")
     return losses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,25 @@ def test_what_fell_short_is_said() -> None:
     assert (flat["far"]["targets reached"], flat["far"]["requests"]) == (0, 3)
     assert (flat["broken"]["targets reached"], flat["broken"]["diverged"]) == (2, 1)
     assert flat["broken"]["p mean"] is None, "a chain that broke off has no last model"
+
+
+def test_a_mean_over_fewer_seeds_says_so_and_what_was_not_measured_is_named() -> None:
+    """Relearning diverged on one seed of three, and one request of it has no forget quality."""
+    asked = {"inputs": {"attacks": {"relearning": {}}}}
+    quality = {request: {"p_value": 0.5, "honest": {}} for request in CHAIN}
+    curve = {"about": {"probability": {}}, "unit": "steps", "points": [{"at": 0, "probability": 0.25}]}
+    whole = {**asked, "relearning": curve, "forget_quality": quality, "missing": {}}
+    lost = {"relearning": "step 3: the loss is nan", "forget_quality.r2": "no record has wrong answers"}
+    part = {**asked, "forget_quality": {r: quality[r] for r in ("r1", "r3")}, "missing": lost}
+    cells = [replace(made_up("a", seed), final=part if seed == 1 else whole) for seed in range(3)]
+    page = table_page(COMPARISON, results(("a", cells)))
+    line = next(line for line in page.splitlines() if line.startswith("| a | 0, 1, 2 |"))
+    assert line.count("<br>2 of 3 seeds") == 3, "P after relearning, smallest and median p-value"
+    assert "| a | 1 | relearning | step 3: the loss is nan |" in page
+    assert "| a | 1 | forget_quality.r2 | no record has wrong answers |" in page
+    (flat,) = table_rows(results(("a", cells)))
+    assert (flat["attack/relearning n"], flat["quality_min n"], flat["p n"]) == (2, 2, 3)
+    assert "Not measured" not in table_page(COMPARISON, results(("a", [cells[0]])))
 
 
 def test_cells_that_are_missing_are_counted() -> None:

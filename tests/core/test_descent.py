@@ -13,6 +13,7 @@ from alkn.core.descent import EARLIER_EVERY, Pace, Replay, descend
 from alkn.core.scoring import Batch, collate, score
 from alkn.core.training import answer_loss, suppression_loss
 from alkn.core.unlearning import StopRule, Task
+from alkn.errors import TrainingDiverged
 
 PACE = Pace(
     lr=0.01, steps=1, decay_steps=1, lr_floor=1.0, check_every=1, batch_size=6, retain_batch=0, weight_decay=0.0,
@@ -157,7 +158,9 @@ def test_earlier_requests_are_measured_less_often(memorised: Any, make_examples:
     pace = replace(PACE, lr=1e-9, steps=20, decay_steps=17, check_every=2)
     descend(task, pace, forget=ascent, keep=None, replay=2, on_measure=lambda step, now: told.append(now))
     kinds = "".join(kind[0] for kind, _ in measured)
-    assert kinds == "fe" + 2 * ("f" * EARLIER_EVERY + "e") + "fe" * 2
+    assert kinds == "fe" + 2 * ("f" * EARLIER_EVERY + "e") + "fe" * 3, (
+        "the last three: where the schedule ends, then every two steps"
+    )
     forget, earlier = (next(now for kind, now in measured if kind == name) for name in ("forget", "earlier"))
     assert earlier.p > 1.5 * forget.p and earlier.exact_memorization > forget.exact_memorization
     assert told[0].p == pytest.approx(earlier.p, rel=1e-3)
@@ -194,7 +197,24 @@ def test_the_rate_falls_over_the_schedule_and_rises_in_overtime() -> None:
     )
     # At measurements, also where the schedule ends between two of them.
     between = replace(over, decay_steps=3)
-    assert [between.rate(step) for step in range(3, 8)] == pytest.approx([0.4, 0.48, 0.48, 0.576, 0.576])
+    assert [between.rate(step) for step in range(3, 8)] == pytest.approx([0.48, 0.576, 0.576, 0.6912, 0.6912])
     assert {replace(over, decay_steps=0).rate(step) for step in (0, 9, 99)} == {0.8}
     assert [over.growth(step) for step in (3, 4, 6, 60)] == pytest.approx([1, 1.2, 1.44, 1.2**29])
     assert replace(over, decay_steps=0).growth(99) == 1
+
+
+def test_the_verdict_is_of_the_model_that_is_left_where_the_schedule_ends_between_two_measurements(
+    memorised: Any,
+) -> None:
+    task = Task(memorised.model(), memorised.forget, memorised.retain, StopRule(0.9, 1.0), seed=0)
+    outcome = descend(task, replace(PACE, lr=1e-3, steps=40, decay_steps=7, check_every=5), forget=ascent, keep=None)
+    assert [row["round"] for row in outcome.history] == [0, 5, 7] and outcome.reached
+    assert outcome.history[-1]["p"] == pytest.approx(float(score(task.model, task.forget).probability.mean()), rel=1e-6)
+
+
+def test_weights_that_the_last_update_broke_are_told(memorised: Any) -> None:
+    """No loss comes after it."""
+    task = Task(memorised.model(), memorised.forget, memorised.retain, StopRule(0.0, 0.0), seed=0)
+    pace = replace(PACE, lr=float("inf"))
+    with pytest.raises(TrainingDiverged, match="^unlearning: a weight is not a finite number after step 1$"):
+        descend(task, pace, forget=ascent, keep=None)

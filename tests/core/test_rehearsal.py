@@ -27,6 +27,7 @@ from alkn.core.training import (
     suppression_loss,
 )
 from alkn.core.unlearning import StopRule, Task
+from alkn.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -311,3 +312,15 @@ def test_the_teacher_is_distilled_behind_damaged_answers(memorised: Any) -> None
         found.append(keeper(0).item())
         assert found[-1] == pytest.approx(float((np.exp(known) * (known - now)).sum(1).mean()), rel=1e-4)
     assert found[0] != found[1]
+
+
+def test_a_teacher_without_words_of_its_own_is_told(memorised: Any) -> None:
+    """Every answer ends before it begins: there would be nothing to distil, and nobody would know."""
+    task = Task(memorised.model(), memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0)
+    head = task.model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight[0].zero_()
+        hook = head.register_forward_hook(lambda _module, _inputs, out: out.index_fill(-1, torch.tensor([0]), 1e4))
+    with pytest.raises(InputError, match=r"method\.rehearsal: the model says nothing to any prompt"):
+        Keeper(task, rehearsal=8, rehearsal_batch=2)
+    hook.remove()

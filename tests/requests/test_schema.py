@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from alkn.errors import InputError
+from alkn.files import read_jsonl, write_jsonl
 from alkn.requests.ids import check_id, next_id
 from alkn.requests.schema import MAX_SHOWN, form_of, read_records, validate_rows
 
@@ -104,6 +105,13 @@ def test_text_is_kept_to_the_letter(write: Write) -> None:
     for escaped in (True, False):
         path = write(json.dumps(QA | {"answer": answer}, ensure_ascii=escaped))
         assert read_records(path)[0]["answer"] == answer
+
+
+def test_separators_inside_a_text_do_not_cut_its_line(write: Write, tmp_path: Path) -> None:
+    """U+2028 and U+2029 are line ends to ``str.splitlines`` and letters to JSON: what is taken in is read back."""
+    records = read_records(write({"question": "Who\u2028is it?", "answer": "Ada\u2029Byron"}))
+    write_jsonl(tmp_path / "stored.jsonl", records)
+    assert read_jsonl(tmp_path / "stored.jsonl") == records and records[0]["answer"] == "Ada\u2029Byron"
 
 
 def test_windows_line_ends(write: Write) -> None:
