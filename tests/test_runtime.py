@@ -27,6 +27,16 @@ def test_each_precision_in_one_process() -> None:
         assert runtime.device == torch.device("cpu") and not runtime.split
 
 
+def test_it_takes_as_many_threads_as_it_is_given() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (3, 2):
+            Runtime(Run(device="cpu", threads=threads))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is one taken that ``accelerate launch --cpu`` leaves alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -12,6 +12,7 @@ from unittest.mock import ANY
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from alkn.attacking import attack_stored
 from alkn.core.task_vector import TaskVector
@@ -21,8 +22,8 @@ from alkn.matrix import regression_matrix
 from alkn.models import load_model, load_tokenizer, save_model
 from alkn.project import Project, Step
 from alkn.requests.ledger import ATTESTED, BASE, Entry, Ledger, load_ledger, save_ledger
-from alkn.settings import Settings
-from alkn.step import make_step, measure_step, plan_step
+from alkn.settings import Settings, validate_settings
+from alkn.step import judge, make_step, measure_step, plan_step
 from alkn.verify import verify_champion
 
 REQUESTS = ("r001", "r002")
@@ -235,6 +236,44 @@ def test_a_chain_without_an_accepted_request(tiny_project: Callable[..., Project
     write_yaml(project.params, {})
     report = verify_champion(project)
     assert report["holds"] and report["champion"] == "base" and set(report["missing"]) == {"gates", "attacks"}
+
+
+def test_the_tolerance_says_what_differs(project: Project) -> None:
+    evaluation = read_json(project.step("r002").evaluation)
+    evaluation["sets"]["forget"]["probability"] += 5e-4
+    write_json(project.step("r002").evaluation, evaluation)
+    forge(project.step("r002"))
+    holds, values = {}, yaml.safe_load(project.params.read_text())
+    for tolerance in (1e-3, 1e-5):
+        write_yaml(project.params, {**values, "verification": {"tolerance": tolerance}})
+        report = verify_champion(project)
+        holds[tolerance] = not any(one["kind"] == "differs" for one in report["findings"])
+    assert holds == {1e-3: True, 1e-5: False}
+
+
+def test_the_gates_are_given_the_parent_the_base_and_the_models_weights(
+    project: Project, tiny_values: dict[str, Any]
+) -> None:
+    """Utility kept of either is the ratio of their P, by hand; one weight that is no number, and ``finite`` says so."""
+    settings = validate_settings({**tiny_values, **CHANGES, "gates": {}}, project.params)
+    plan = plan_step(project, "r002", previous="r001", earlier=("r001",), settings=settings)
+    step = project.step("r002")
+    evaluation, attacks = read_json(step.evaluation), read_json(step.attacks)
+    verdicts, _ = judge(project, plan, evaluation=evaluation, attacks=attacks, reached=True)
+    found = {check["what"]: check["value"] for check in verdicts["utility"]["checks"]}
+    now, parent, base = (
+        read_json(one.evaluation)["sets"]["utility/facts"]["probability"]
+        for one in (step, project.step("r001"), project.base)
+    )
+    assert parent != base and found["facts kept of parent"] == pytest.approx(now / parent)
+    assert found["facts kept of base"] == pytest.approx(now / base)
+    assert verdicts["finite"]["passed"] is True
+    file = step.model / "model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    verdicts, failed = judge(project, plan, evaluation=evaluation, attacks=attacks, reached=True)
+    assert verdicts["finite"]["passed"] is False and any("finite" in reason for reason in failed)
 
 
 def test_without_a_base_model(tmp_path: Path) -> None:

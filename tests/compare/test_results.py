@@ -169,7 +169,8 @@ def test_what_fell_short_is_said() -> None:
 def test_a_mean_over_fewer_seeds_says_so_and_what_was_not_measured_is_named() -> None:
     """Relearning diverged on one seed of three, and one request of it has no forget quality."""
     asked = {"inputs": {"attacks": {"relearning": {}}}}
-    quality = {request: {"p_value": 0.5, "honest": {}} for request in CHAIN}
+    values = dict(zip(CHAIN, (0.9, 0.1, 0.2), strict=True))
+    quality = {request: {"p_value": value, "honest": {}} for request, value in values.items()}
     curve = {"about": {"probability": {}}, "unit": "steps", "points": [{"at": 0, "probability": 0.25}]}
     whole = {**asked, "relearning": curve, "forget_quality": quality, "missing": {}}
     lost = {"relearning": "step 3: the loss is nan", "forget_quality.r2": "no record has wrong answers"}
@@ -180,6 +181,8 @@ def test_a_mean_over_fewer_seeds_says_so_and_what_was_not_measured_is_named() ->
     assert line.count("<br>2 of 3 seeds") == 3, "P after relearning, smallest and median p-value"
     assert "| a | 1 | relearning | step 3: the loss is nan |" in page
     assert "| a | 1 | forget_quality.r2 | no record has wrong answers |" in page
+    numbers = cells[0].quantities()
+    assert (numbers["quality_min"], numbers["quality_median"], numbers["quality_honest"]) == (0.1, 0.2, None)
     (flat,) = table_rows(results(("a", cells)))
     assert (flat["attack/relearning n"], flat["quality_min n"], flat["p n"]) == (2, 2, 3)
     assert "Not measured" not in table_page(COMPARISON, results(("a", [cells[0]])))

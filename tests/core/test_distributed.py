@@ -25,7 +25,17 @@ from alkn import registry
 from alkn.chain import begin_together
 from alkn.core.adversary import Resistance
 from alkn.core.descent import Pace, descend, divergence_term, retain_term
-from alkn.core.distributed import dealt, is_split, joined, joined_rows, part_of, processes, shares, whole_batches
+from alkn.core.distributed import (
+    _buckets,
+    dealt,
+    is_split,
+    joined,
+    joined_rows,
+    part_of,
+    processes,
+    shares,
+    whole_batches,
+)
 from alkn.core.generation import greedy
 from alkn.core.gradient_mask import accumulate_, overlap_penalty, threshold, top_share_mask, top_share_masks
 from alkn.core.scoring import Example, answer_logits, collate, mean_gradient, score
@@ -415,3 +425,12 @@ def test_alone_nothing_is_shared() -> None:
     assert joined(part) is part and torch.equal(part_of(part), part)
     with whole_batches():
         assert not is_split(model_of())
+
+
+def test_buckets_hold_each_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, none fuller than it may be unless by one tensor."""
+    monkeypatch.setattr("alkn.core.distributed.BUCKET", 100)
+    tensors = [torch.zeros(n) for n in (60, 60, 20, 20, 1, 300, 5, 95, 1)]
+    buckets = list(_buckets(tensors))
+    assert [[t.numel() for t in bucket] for bucket in buckets] == [[60], [60, 20, 20], [1], [300], [5, 95], [1]]
+    assert all(a is b for a, b in zip([t for bucket in buckets for t in bucket], tensors, strict=True))

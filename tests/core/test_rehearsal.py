@@ -11,13 +11,14 @@ import pytest
 import torch
 from randomness import seeded
 from scipy.special import expit, log_softmax, logit
-from torch import nn
+from torch import Tensor, nn
 
 from alkn.core.damage import damaged
 from alkn.core.generation import greedy
 from alkn.core.rehearsal import Keeper, group_weights, rehearsal_set, spliced_prompts
-from alkn.core.scoring import Example, answer_logits, answer_states, collate, endless_batches, score
+from alkn.core.scoring import Batch, Example, answer_logits, answer_states, collate, endless_batches, score
 from alkn.core.training import (
+    Loss,
     anchored_loss,
     answer_loss,
     distillation_loss,
@@ -124,6 +125,21 @@ def test_distance_of_hidden_states_worked_by_hand() -> None:
     assert state_distance(wanted, wanted).item() == 0.0
 
 
+def assert_descends_the_distance(model: nn.Module, batch: Batch, loss: Loss, plain: Loss, teacher: nn.Module) -> None:
+    """What ``hidden`` adds to the gradient is .7 times that of the distance, worked out beside it."""
+    weights = list(model.parameters())
+    with torch.no_grad():
+        wanted = answer_states(teacher, batch)[1]
+
+    def gradient(value: Tensor) -> Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
+
+    added = gradient(loss(model, batch)) - gradient(plain(model, batch))
+    far = 0.7 * gradient(state_distance(answer_states(model, batch)[1], wanted))
+    assert float(far.norm()) > 0.1
+    torch.testing.assert_close(added, far, rtol=1e-3, atol=1e-4 * float(far.norm()))
+
+
 def test_what_is_kept_keeps_its_hidden_states(make_model: Any, make_examples: Any) -> None:
     """Both losses are what they were and the distance beside it, of which only the model has a gradient."""
     teacher, model, examples = make_model("llama", seed=1, std=0.5), make_model("llama", std=0.5), make_examples(5)
@@ -141,6 +157,7 @@ def test_what_is_kept_keeps_its_hidden_states(make_model: Any, make_examples: An
         assert value.item() == pytest.approx(plain(model, batch).item() + 0.7 * np.mean(far), rel=1e-4)
         value.backward()
         assert all(w.grad is None for w in teacher.parameters())
+        assert_descends_the_distance(model, batch, loss, plain, teacher)
     weights = list(model.parameters())
     for p, both, first in zip(
         weights,
@@ -324,3 +341,36 @@ def test_a_teacher_without_words_of_its_own_is_told(memorised: Any) -> None:
     with pytest.raises(InputError, match=r"method\.rehearsal: the model says nothing to any prompt"):
         Keeper(task, rehearsal=8, rehearsal_batch=2)
     hook.remove()
+
+
+def kl(teacher: nn.Module, model: nn.Module, examples: Any, full_forward: Any) -> float:
+    """KL(teacher ‖ model) over answer tokens, by numpy."""
+    (p, _), (q, _) = (answer_rows(one, list(examples), full_forward) for one in (teacher, model))
+    return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def test_a_repair_comes_nearer_to_the_teacher(memorised: Any, full_forward: Any) -> None:
+    """A model with noise on its weights, ten steps of eight; with a rate of next to nothing it stays where it is."""
+    ends = {}
+    for lr in (1e-3, 1e-12):
+        task = Task(memorised.model(), memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0)
+        keeper = Keeper(task, rehearsal=8, steps=10, batch_size=8, lr=lr)
+        with torch.no_grad():
+            for p in task.model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
+        before = kl(keeper.teacher, task.model, memorised.retain, full_forward)
+        keeper.repair(1)
+        ends[lr] = kl(keeper.teacher, task.model, memorised.retain, full_forward) / before
+    assert ends[1e-3] < 0.5 and ends[1e-12] == pytest.approx(1.0, rel=1e-3), ends
+
+
+def test_the_temperature_of_the_teacher_counts(memorised: Any) -> None:
+    values = []
+    for temperature in (1.0, 3.0):
+        task = Task(memorised.model(), memorised.forget, memorised.retain, StopRule(0.01, 0.1), seed=0)
+        keeper = Keeper(task, rehearsal=8, rehearsal_batch=8, temperature=temperature)
+        with torch.no_grad():
+            for p in task.model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=seeded()))
+        values.append(keeper(0).item())
+    assert values[0] != pytest.approx(values[1], rel=0.05)

@@ -43,6 +43,7 @@ def test_no_file_beside_the_records_holds_their_text(chain: Place, secrets_of_ch
         if name.startswith((*PRIVATE, ".git/")):
             continue
         assert not leaks(path.read_bytes(), secrets_of_chain), name
+        assert not leaks(name.encode(), secrets_of_chain), name
         read.add(name.split("/")[0])
     assert {"mlflow.db", "mlartifacts", "steps", "reports", "data", "dvc.lock", ".prefect"} <= read
     assert list(chain.path(".prefect").glob("*.db")), "Prefect kept its database here, and it was read"

@@ -211,3 +211,14 @@ def test_a_single_negation_takes_them_too(more: dict[str, Any], memorised: Any) 
     assert a.passes == b.passes and not torch.equal(*masks)
     share = [float(m.double().mean()) for m in masks]
     assert share[1] == pytest.approx(share[0], abs=0.25)
+
+
+@pytest.mark.parametrize(("estimator", "share"), [("exact", 0.3), ("sampled", 0.3), ("trimmed_linear", 0.5)])
+def test_g_r_in_two_bits_has_signs_at_the_share_that_was_asked_for(estimator: str, share: float) -> None:
+    new = {"w": torch.randn(200, 300, generator=torch.Generator().manual_seed(1))}
+    kept = stored_gradient(
+        new, rounds_of(ternary_share=share, estimator=estimator), generator=torch.Generator().manual_seed(0)
+    )["w"]
+    assert isinstance(kept, Ternary)
+    signs = unpack(kept.packed, kept.shape)
+    assert float((signs != 0).float().mean()) == pytest.approx(share, abs=0.02)

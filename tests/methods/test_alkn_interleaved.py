@@ -187,6 +187,35 @@ def test_expectations_above_the_target_are_lowered(memorised: Any) -> None:
     assert reached == {0.0: False, 0.7: True}
 
 
+def test_the_level_is_lowered_at_measurements_from_a_third_of_the_schedule_on(
+    memorised: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By .1 where exact memorization is missed, and not before step 40 of 120, nor where the target is met."""
+    given: dict[str, Any] = {}
+
+    def watched(task: Task, pace: Pace, **more: Any) -> Outcome:
+        given.update(more)
+        return descend(task, pace, **more)
+
+    def kept(*arguments: Any) -> Level:
+        given["level"] = _level(*arguments)
+        return given["level"]
+
+    monkeypatch.setattr("alkn.methods.alkn.descend", watched)
+    monkeypatch.setattr("alkn.methods.alkn._level", kept)
+    alkn(task_of(memorised, stop=STOP), interleaved_of(steps=1, decay_steps=120, background_step=0.1))
+
+    def after(step: int, now: Forgetting) -> float:
+        before = torch.cat(given["level"].odds).clone()
+        given["on_measure"](step, now)
+        return float((before - torch.cat(given["level"].odds)).mean())
+
+    missed, met = Forgetting(0.9, 0.9), Forgetting(0.0, 0.0)
+    assert [after(*one) for one in ((39, missed), (40, missed), (45, met), (45, missed))] == pytest.approx(
+        [0.0, 0.1, 0.0, 0.1], abs=1e-5
+    )
+
+
 def test_what_the_keeping_parts_hold_on_to_is_forgotten_in_overtime(
     memorised: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
