@@ -22,6 +22,7 @@ from alkn.manifest import check_step, outputs_hold, read_manifest
 from alkn.project import Project
 from alkn.record_sets import build_splits
 from alkn.records import Plan
+from alkn.requests.intake import check_stored
 from alkn.requests.ledger import BASE, Ledger, load_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Settings
@@ -75,8 +76,9 @@ def prepare_base(project: Project, settings: Settings, *, progress: Progress = n
     frozen, wanted = _frozen(project.base.params), settings.of_base()
     changed = frozen is not None and any(frozen.get(key) != wanted[key] for key in ("seed", "data", "base"))
     manifest = read_manifest(project.base)
-    if manifest is not None and settings.base.model is None:
-        changed = changed or manifest["inputs"].get("splits") != digest_of(project.splits)
+    if manifest is not None:
+        splits = digest_of(project.splits) if project.splits.exists() else None
+        changed = changed or manifest["inputs"].get("splits") != splits
     if frozen is not None and manifest is not None and not changed and outputs_hold(project.base, manifest):
         return False
     if changed:
@@ -113,8 +115,10 @@ def begin_together(project: Project, request_id: str, settings: Settings) -> tup
     first = next(iter(ledger.pending))
     if first != request_id:
         raise InputError(f"request {request_id!r}: {first!r} comes before it, and a step starts from the one before")
-    if ledger.entry(request_id).digest is None:
+    entry = ledger.entry(request_id)
+    if entry.digest is None:
         raise InputError(f"request {request_id!r}: its records are not in place yet; 'alkn run' makes this one")
+    check_stored(project, request_id, entry)
     Runtime(settings.run)
     if is_main():
         begin_step(project, request_id, settings)
@@ -144,5 +148,5 @@ def _refuse_under_chain(project: Project, what: str, settings: str) -> None:
     if accepted:
         raise InputError(
             f"{what} no longer fits params.yaml ({settings} changed), and {len(accepted)} accepted steps rest on it:"
-            " restore the settings, or start a project of its own with 'alkn init'"
+            " restore them, or start a project of its own with 'alkn init'"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,7 @@ class Evidence:
         value = row.get(metric)
         return None if value is None else float(value)
 
-    def sets(self, prefix: str) -> list[str]:
-        """The step's sets whose name begins with ``prefix``."""
-        return [name for name in self.step["sets"] if name.startswith(prefix)]
+    def sets(self, prefix: str, *, of: Sequence[str] = ("step",)) -> list[str]:
+        """The sets of the step, or of ``step``, ``parent`` and ``base``, whose name begins with ``prefix``."""
+        names = dict.fromkeys(name for where in of for name in getattr(self, where)["sets"])
+        return [name for name in names if name.startswith(prefix)]

@@ -49,7 +49,7 @@ from alkn.record_sets import by_domain, earlier_records, known_records, load_spl
 from alkn.records import Plan, Sealed, Unlearned
 from alkn.reference import open_reference
 from alkn.refusals import REFUSALS
-from alkn.requests.ledger import ATTESTED, erased_requests
+from alkn.requests.ledger import ATTESTED, BASE, erased_requests, load_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Level, Settings, load_settings
 from alkn.texts import text_digests, text_sets
@@ -66,19 +66,26 @@ def plan_step(
         ChainBroken: if the parent model or an earlier request's file is not what its manifest says.
         InputError: if a target is the holdout's level and there is no holdout.
     """
-    key = project.key()
-    parent, attested = check_step(project.step(previous)), erased_requests(project, earlier)
-    for name in earlier:
-        manifest = check_step(project.step(name)) if name != previous else parent
-        if name not in attested and keyed_digest_of(project.request(name), key) != manifest["inputs"]["request"]:
-            raise ChainBroken(f"data/requests/{name}.jsonl is not the file that steps/{name} was made from")
+    key, attested, base = project.key(), erased_requests(project, earlier), check_step(project.base)
+    parent = check_step(project.step(previous)) if previous != BASE else base
     inputs = {
         "request": keyed_digest_of(project.request(request_id), key),
         "parent": parent["outputs"]["model"],
         "parent_evaluation": parent["outputs"]["evaluation.json"],
+        "base": base["outputs"]["model"],
+        "base_evaluation": base["outputs"]["evaluation.json"],
         "splits": digest_of(project.splits) if project.splits.exists() else "none",
         "settings": digest_of(project.step(request_id).params),
     }
+    if "state.safetensors" in parent["outputs"]:
+        inputs["state"] = parent["outputs"]["state.safetensors"]
+    for name in earlier:
+        stated = (check_step(project.step(name)) if name != previous else parent)["inputs"]["request"]
+        if name in attested:
+            continue
+        if keyed_digest_of(project.request(name), key) != stated:
+            raise ChainBroken(f"data/requests/{name}.jsonl is not the file that steps/{name} was made from")
+        inputs[f"earlier/{name}"] = stated
     inputs |= text_digests(project, settings.evaluation)
     inputs |= {f"reference/{name}": open_reference(project, name).digest for name in settings.evaluation.references}
     return Plan(request_id, previous, earlier, settings, inputs, limits_of(project, settings), attested)
@@ -250,10 +257,26 @@ def judge(
 
 
 def sealed_step(project: Project, request_id: str) -> Sealed | None:
-    """A step that is done: its manifest is there and its digests hold; else ``None``."""
-    step = project.step(request_id)
+    """A pending request's step that is done, and is what would be made now; else ``None``.
+
+    Its manifest is there, its digests hold, and what goes in is what went in: the request's file as the ledger attests
+    it, the newest accepted step, base model, splits, and the settings that are frozen beside it.
+
+    Raises:
+        ChainBroken: if what it builds on is not what its manifest says.
+    """
+    step, ledger = project.step(request_id), load_ledger(project)
     manifest = read_manifest(step)
     if manifest is None or "accepted" not in manifest or not outputs_hold(step, manifest):
+        return None
+    stated = manifest["inputs"]
+    if ledger.entry(request_id).digest != stated["request"] or not project.request(request_id).is_file():
+        return None
+    if not step.params.is_file() or digest_of(step.params) != stated["settings"]:
+        return None
+    settings = load_settings(step.params)
+    plan = plan_step(project, request_id, previous=ledger.newest, earlier=tuple(ledger.accepted), settings=settings)
+    if dict(plan.inputs) != stated:
         return None
     return Sealed(request_id, manifest["accepted"], "; ".join(manifest["failed"]), manifest)
 

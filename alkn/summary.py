@@ -35,13 +35,13 @@ def _row(project: Project, ledger: Ledger, request_id: str, verdict: str) -> dic
     forget = metrics["sets"]["forget"]
     return row | {
         "p_before": report["rounds"][0]["p"],
-        "p_after": forget["probability"],
-        "worst_record": forget["worst_records"][0],
-        "worst_p": forget["probability_worst"],
+        "p_after": forget.get("probability"),
+        "worst_record": next(iter(forget.get("worst_records", ())), None),
+        "worst_p": forget.get("probability_worst"),
         "em_before": report["rounds"][0]["exact_memorization"],
-        "em_after": forget["exact_memorization"],
+        "em_after": forget.get("exact_memorization"),
         "utility": {
-            name.split("/", 1)[1]: values["probability"]
+            name.split("/", 1)[1]: values.get("probability")
             for name, values in metrics["sets"].items()
             if name.startswith("utility/")
         },

@@ -97,7 +97,7 @@ def verify_champion(project: Project, *, exact: bool = False, progress: Progress
 
 def _chain(project: Project, ledger: Ledger) -> Iterator[Finding]:
     """What of base, accepted steps and request files is not as manifests and ledger say."""
-    key, previous = project.key(), BASE
+    key, previous, base = project.key(), BASE, (read_manifest(project.base) or {"outputs": {}})["outputs"]
     splits = digest_of(project.splits) if project.splits.exists() else "none"
     for name in (BASE, *ledger.accepted):
         step, manifest = project.step(name), read_manifest(project.step(name))
@@ -123,6 +123,10 @@ def _chain(project: Project, ledger: Ledger) -> Iterator[Finding]:
         yield from _same(name, "manifest.json: accepted", True, manifest.get("accepted"))
         parent = (read_manifest(project.step(previous)) or {"outputs": {}})["outputs"]
         yield from _same(name, "manifest.json: parent's model", stated.get("parent"), parent.get("model"))
+        # Manifests of earlier versions do not name it.
+        for key_of, output in (("base", "model"), ("base_evaluation", "evaluation.json")):
+            found = base.get(output)
+            yield from _same(name, f"manifest.json: {key_of}", stated.get(key_of, found), found)
         evaluation = parent.get("evaluation.json")
         yield from _same(name, "manifest.json: parent's evaluation", stated.get("parent_evaluation"), evaluation)
         previous = name

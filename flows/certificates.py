@@ -53,13 +53,14 @@ def issue(request_id: str, out: Path, as_json: bool) -> None:
 
     from alkn.files import write_bytes, write_json
     from alkn.report.certificate import certificate_of
-    from alkn.report.facts import read_decided
+    from alkn.report.facts import check_beside, read_decided
     from alkn.report.pdf import certificate_pdf
     from alkn.report.sealing import digest_of_document, seal
     from alkn.report.signing import fingerprint, private_path, public_bytes, public_path, signing_key
 
     project = here()
     facts = read_decided(project, request_id)
+    check_beside(project, facts)
     key, made = signing_key(project)
     document = certificate_of(
         facts,

@@ -313,6 +313,11 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
+def _shown(value: float | None, digits: int) -> str:
+    """A number, or that there is none: a broken model's could not be computed."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def _show_report(project: Project, as_json: bool) -> None:
     from alkn.files import write_json
     from alkn.requests.ledger import load_ledger
@@ -329,14 +334,15 @@ def _show_report(project: Project, as_json: bool) -> None:
             shown.append([row["request"], row["verdict"], row["records"], *["-"] * 6])
             continue
         domains = "  ".join(
-            f"{name} {value:.3f} (base {row['utility_base'].get(name, float('nan')):.3f})"
+            f"{name} {_shown(value, 3)} (base {_shown(row['utility_base'].get(name), 3)})"
             for name, value in row["utility"].items()
         )
         shown.append(
             [
-                row["request"], row["verdict"], row["records"], f"{row['p_before']:.3f}", f"{row['p_after']:.4f}",
-                f"no. {row['worst_record']}: {row['worst_p']:.4f}", f"{row['em_before']:.3f} → {row['em_after']:.3f}",
-                domains or "not measured", f"{row['seconds']:.0f} s",
+                row["request"], row["verdict"], row["records"], _shown(row["p_before"], 3), _shown(row["p_after"], 4),
+                "-" if row["worst_record"] is None else f"no. {row['worst_record']}: {row['worst_p']:.4f}",
+                f"{_shown(row['em_before'], 3)} → {_shown(row['em_after'], 3)}", domains or "not measured",
+                f"{row['seconds']:.0f} s",
             ]
         )  # fmt: skip
     columns = (

@@ -103,13 +103,18 @@ def make_project(folder: Path, wanted: Wanted) -> Project:
         raise InputError("--model needs --retain FILE: records that must stay known, for the method to learn from")
     values = _values(folder, wanted, model, records)
     settings = validate_settings(values, wanted.params or folder / "params.yaml")
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write(building, values, settings, records, wanted, folder)
         if folder.exists():
-            folder.rmdir()
-        os.replace(building, folder)
+            # Filled, not replaced: a shell may stand in it.
+            for path in building.iterdir():
+                os.replace(path, folder / path.name)
+            building.rmdir()
+        else:
+            os.replace(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

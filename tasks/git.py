@@ -55,7 +55,7 @@ def commit_records(root: Path, *, steps: Iterable[str] = ()) -> None:
     wanted = (*TRACKED, *(f"steps/{step}/{name}" for step in steps for name in OF_STEP))
     present = [pattern for pattern in wanted if any(root.glob(pattern))]
     run(root, "add", "--", *present)
-    changed = run(root, "diff", "--cached", "--name-only", "--", *present).split()
+    changed = run(root, "diff", "--cached", "--name-only", "--relative", "--", *present).split()
     if not changed:
         return
     recorded = sorted({Path(name).parts[1] for name in changed if name.startswith("steps/")})

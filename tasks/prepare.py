@@ -7,6 +7,7 @@ from prefect.cache_policies import NO_CACHE
 
 from alkn import chain
 from alkn.project import Project
+from alkn.requests.ledger import load_ledger
 from alkn.settings import Settings
 from tasks import versioning
 from tasks.progress import progress_bars
@@ -16,7 +17,7 @@ from tasks.progress import progress_bars
 def prepare_data(project: Project, settings: Settings) -> None:
     """Make the benchmark's splits if they are missing, and record them with DVC."""
     built = chain.prepare_data(project, settings)
-    if settings.benchmark is not None and (built or "data" not in versioning.recorded_stages(project)):
+    if settings.benchmark is not None and (built or _is_behind(project, "data")):
         versioning.record_stage(project, "data")
 
 
@@ -25,5 +26,15 @@ def prepare_base(project: Project, settings: Settings) -> None:
     """Make the base model if it is missing, and record it with DVC."""
     with progress_bars("base") as progress:
         made = chain.prepare_base(project, settings, progress=progress)
-    if made or "base" not in versioning.recorded_stages(project):
+    if made or _is_behind(project, "base"):
         versioning.record_stage(project, "base")
+
+
+def _is_behind(project: Project, stage: str) -> bool:
+    """Whether DVC lacks what was made: a run may have ended between the two.
+
+    Under a chain nothing is made anew, and what differs from dvc.lock is damage that 'dvc checkout' mends.
+    """
+    if load_ledger(project).accepted:
+        return stage not in versioning.recorded_stages(project)
+    return not versioning.is_current(project, stage)

@@ -62,7 +62,6 @@ def record(project: Project, sealed: Sealed, settings: Settings) -> None:
             sealed.request,
             accepted=sealed.accepted,
             previous=sealed.manifest["previous"],
-            digest=sealed.manifest["inputs"]["request"],
             reason=sealed.reason,
             day=date.today(),
         )

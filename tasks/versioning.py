@@ -94,6 +94,13 @@ def record_stage(project: Project, stage: str) -> None:
     _with(project, lambda repo: repo.commit(f"dvc.yaml:{stage}", force=True))
 
 
+def is_current(project: Project, stage: str) -> bool:
+    """Whether dvc.lock holds a stage, with what lies there now."""
+    if stage not in recorded_stages(project):
+        return False
+    return _with(project, lambda repo: not repo.status(targets=[f"dvc.yaml:{stage}"]))
+
+
 def stages(project: Project) -> list[str]:
     """Names of all stages of dvc.yaml."""
     return _with(project, lambda repo: [stage.addressing for stage in repo.index.stages if hasattr(stage, "name")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,8 +119,17 @@ def test_no_forget_set_fails(enabled: bool | None) -> None:
 @pytest.mark.parametrize(("enabled", "passed"), [(None, None), (True, False)])
 def test_no_utility_set(enabled: bool | None, passed: bool | None) -> None:
     """Not judged where none was given, closed where the gate was switched on."""
-    verdict = judge("utility", evidence(drop=("utility/facts", "utility/people")), enabled=enabled)
+    nothing: dict[str, Any] = {"sets": {}, "model": {}, "missing": {}}
+    given = replace(evidence(drop=("utility/facts", "utility/people")), parent=nothing, base=nothing)
+    verdict = judge("utility", given, enabled=enabled)
     assert (verdict.passed, verdict.reason, verdict.checks) == (passed, "there is no utility set", ())
+
+
+@pytest.mark.parametrize("drop", [("utility/facts",), ("utility/facts", "utility/people")])
+def test_a_domain_that_is_no_longer_measured_fails(drop: tuple[str, ...]) -> None:
+    """Base and parent have it: whoever takes records away does not open the gate."""
+    verdict = judge("utility", evidence(drop=drop))
+    assert verdict.passed is False and verdict.reason.count("could not be computed") == 2 * len(drop)
 
 
 def test_the_first_request_has_nothing_to_return() -> None:

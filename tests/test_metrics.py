@@ -301,3 +301,13 @@ def test_model_utility_says_what_is_missing() -> None:
     del given["domain1"]["rouge_l"]
     assert utility_of(given).reason == "evaluation.metrics does not name rouge_l"
     assert utility_of({}).reason == "there is no utility set"
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_the_perplexity_of_a_broken_model_is_missing(weight: float, make_model: Any, make_examples: Any) -> None:
+    """exp of what is no number raises nothing; a number that is none has a reason instead."""
+    model = make_model("llama")
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(weight)
+    found = measure("perplexity", probe_of(model, make_examples(3), name="utility/facts"))
+    assert found.value is None and found.reason == "a value is not a finite number"

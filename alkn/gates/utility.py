@@ -17,8 +17,11 @@ class UtilityParams(GateParams):
 
 @register_gate("utility", params=UtilityParams, source="own; relative form of TOFU's retained utility")
 def utility(evidence: Evidence, params: UtilityParams) -> Verdict:
-    """P on records that were never drawn on, domain by domain, relative to base and parent."""
-    domains = evidence.sets("utility/")
+    """P on records that were never drawn on, domain by domain, relative to base and parent.
+
+    A domain that either of them has and the step has not fails.
+    """
+    domains = evidence.sets("utility/", of=("step", "parent", "base"))
     if not domains:
         return Verdict.lacking("utility set", params)
     checks = []

@@ -9,9 +9,12 @@ from alkn.registry import Params, register_metric
 PARTS = ("probability", "rouge_l", "truth_ratio")
 
 
-@register_metric("model_utility", source="TOFU (Maini et al. 2024), section 2.2.1", scope="model")
+@register_metric("model_utility", source="after TOFU (Maini et al. 2024), section 2.2.1", scope="model")
 def model_utility(view: View, params: Params) -> Measured:
-    """Harmonic mean over domains of probability, ROUGE-L recall and truth ratio, never drawn on; in [0, 1]."""
+    """Harmonic mean over domains of probability, ROUGE-L recall and truth ratio, never drawn on; in [0, 1].
+
+    TOFU takes P(right) / Σ P(choices) for the probability on real authors and world facts; here it is P everywhere.
+    """
     values = []
     for domain, measured in view.under("utility").items():
         for part in PARTS:

@@ -18,8 +18,12 @@ def perplexity(probe: Probe, params: Params) -> Measured:
     """
     found = log_likelihoods(probe)
     total, tokens = (math.fsum(part) for part in zip(*found.values(), strict=True))
+    per_record: dict[int, float] = {}
     try:
         per_record = {number: math.exp(-logs / count) for number, (logs, count) in found.items()}
-        return Measured(math.exp(-total / tokens), "", per_record)
+        value = math.exp(-total / tokens)
     except OverflowError:
+        value = math.inf
+    if not all(map(math.isfinite, (value, *per_record.values()))):
         return Measured.missing("a value is not a finite number")
+    return Measured(value, "", per_record)

@@ -105,6 +105,11 @@ def attacks_of(facts: Decided) -> dict[str, Any]:
 def not_measured(facts: Decided, without_interval: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
     """What has no number, and why; what shares a metric and a reason stands together."""
     yield from grouped(facts.evaluation["missing"])
+    for name, sample in facts.evaluation.get("sampled", {}).items():
+        yield (
+            f"{sample['of'] - sample['records']} of the {sample['of']} records of {name}",
+            "a sample was drawn of them",
+        )
     if facts.attacks is None:
         yield "attacks", "the step has no attacks.json: it was made without attacks"
     else:
@@ -193,9 +198,16 @@ def _is_bound(metric: str, row: Mapping[str, Any]) -> bool:
 
 def _beside(facts: Decided, set_name: str, metric: str, value: float, without: dict[str, list[str]]) -> dict[str, Any]:
     row: dict[str, Any] = {"value": value}
+    sampled = facts.evaluation.get("sampled", {}).get(set_name)
     bounds = [facts.evaluation["sets"][set_name].get(f"{metric}{end}") for end in BOUNDS]
     if None not in bounds:
         row["interval"] = [float(bound) for bound in bounds]
+    elif sampled is not None:
+        # Of the records drawn alone it would say nothing about those that were not.
+        if metric in sampled["intervals"]:
+            row["interval"] = list(sampled["intervals"][metric])
+        elif metric not in COMPANIONS:
+            without.setdefault("it was measured on a sample", []).append(metric)
     elif facts.per_record is not None and metric not in COMPANIONS:
         records = facts.per_record.get(set_name, {}).get(metric)
         interval = "it has no values per record" if records is None else interval_of(value, records)

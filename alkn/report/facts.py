@@ -10,13 +10,15 @@ from typing import Any
 import yaml
 
 from alkn.errors import ChainBroken, InputError
-from alkn.files import digest_of, read_json
+from alkn.files import digest_of, read_json, read_jsonl
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
 from alkn.requests.ledger import BASE, Entry, Ledger, load_ledger
 
 Numbers = Mapping[str, Any]
 NEEDED = ("unlearning.json", "evaluation.json", "gate.json")
+EVIDENCE = ("per_record.json", "attacks.json")
+"""Outputs that steps of earlier versions did not write; where a manifest has them, they are needed too."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Decided:
         per_record: set -> metric -> record number -> value; ``None`` if not there.
         attacks: attack -> curve; ``None`` if not there.
         references: digest of a model that never saw the records -> its numbers on them, where written down.
+        known: of this and the earlier requests those that are the benchmark's of that name.
     """
 
     id: str
@@ -51,6 +54,7 @@ class Decided:
     per_record: Numbers | None
     attacks: Numbers | None
     references: Mapping[str, Numbers]
+    known: frozenset[str]
 
     @property
     def before(self) -> Numbers:
@@ -76,8 +80,10 @@ class Decided:
     def base_row(self, set_name: str) -> Numbers:
         """The base model's numbers on one of the step's sets; on forgotten records, where they were measured."""
         sets = self.base.get("sets", {})
-        known = {"forget": f"known/{self.id}"}.get(set_name, set_name.replace("earlier/", "known/"))
-        return dict(sets.get(known, {}))
+        request = self.id if set_name == "forget" else set_name.partition("earlier/")[2]
+        if request:
+            return dict(sets.get(f"known/{request}", {})) if request in self.known else {}
+        return dict(sets.get(set_name, {}))
 
 
 def read_decided(project: Project, request_id: str, *, check: bool = True) -> Decided:
@@ -103,9 +109,12 @@ def read_decided(project: Project, request_id: str, *, check: bool = True) -> De
         raise ChainBroken(
             f"steps/{step.id}/{changed[0]} was changed after it was made; its manifest has another digest"
         )
-    gone = [name for name in NEEDED if not (step.folder / name).is_file()]
+    needed = (*NEEDED, *(name for name in EVIDENCE if name in manifest["outputs"]))
+    gone = [name for name in needed if not (step.folder / name).is_file()]
     if gone:
         raise ChainBroken(f"steps/{step.id}/{gone[0]} is missing; 'dvc checkout' brings it back")
+    if manifest["accepted"] != (verdict == "accepted"):
+        raise ChainBroken(f"steps/{step.id}: the ledger says {verdict}, and the step's manifest the other verdict")
     return Decided(
         id=request_id,
         entry=ledger.entry(request_id),
@@ -121,7 +130,41 @@ def read_decided(project: Project, request_id: str, *, check: bool = True) -> De
         per_record=optional(step.per_record),
         attacks=optional(step.attacks),
         references=references_of(project, request_id),
+        known=frozenset(
+            name for name in (request_id, *manifest["earlier"]) if _is_benchmarks(project, name, ledger.entry(name))
+        ),
     )
+
+
+def check_beside(project: Project, facts: Decided) -> None:
+    """What is told beside a step's own numbers: its frozen settings, and the evaluations of its parent and of the base.
+
+    Raises:
+        ChainBroken: if one of them is missing, or not what the manifest that holds it says.
+    """
+    inputs, base = facts.manifest["inputs"], read_manifest(project.base) or {"outputs": {}}
+    for path, digest in (
+        (facts.step.params, inputs["settings"]),
+        (project.step(facts.manifest["previous"]).evaluation, inputs["parent_evaluation"]),
+        (project.base.evaluation, base["outputs"].get("evaluation.json")),
+    ):
+        name = path.relative_to(project.root).as_posix()
+        if not path.is_file():
+            raise ChainBroken(f"{name} is missing; 'git checkout' or 'dvc checkout' brings it back")
+        if digest_of(path) != digest:
+            raise ChainBroken(f"{name} was changed after it was made; the manifest has another digest")
+
+
+def _is_benchmarks(project: Project, request_id: str, entry: Entry) -> bool:
+    """Whether a request holds what the benchmark's file of that name does, on which the base model was measured."""
+    theirs, ours = project.splits / "forget" / f"{request_id}.jsonl", project.request(request_id)
+    if not theirs.is_file() or not ours.is_file():
+        return entry.source is not None
+    texts = [
+        [{name: value for name, value in row.items() if name not in ("id", "salt")} for row in read_jsonl(path)]
+        for path in (theirs, ours)
+    ]
+    return texts[0] == texts[1]
 
 
 def outputs_now(step: Step, manifest: Numbers) -> dict[str, str]:

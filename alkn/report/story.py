@@ -76,9 +76,8 @@ def read_story(project: Project, name: str, *, check: bool = True) -> Story:
         if manifest is not None:
             digests[model] = str(manifest["outputs"]["model"])
     matrix = optional(project.root / "reports" / "matrix.json")
-    if matrix is not None and any(
-        digests.get(model) != digest for model, digest in matrix.get("digests", {}).get("models", {}).items()
-    ):
+    current = {model: digest for model, digest in digests.items() if model not in ledger.rejected}
+    if matrix is not None and matrix.get("digests", {}).get("models") != current:
         matrix = None
     return Story(
         name=name, ledger=ledger, accepted=tuple(read["accepted"]), rejected=tuple(read["rejected"]), unread=unread,

@@ -87,7 +87,6 @@ def begin_request(project: Project, settings: Settings, request_id: str, *, trac
     Raises:
         InputError: if the file is missing, changed, or does not fit the model.
     """
-    path = project.request(request_id)
     with editing(project) as ledger:
         entry = ledger.entry(request_id)
         if ledger.where(request_id) != "pending":
@@ -100,12 +99,22 @@ def begin_request(project: Project, settings: Settings, request_id: str, *, trac
             digest = store(project, request_id, records, create_key=not any(_digests(ledger)), track=track)
             entry = entry.model_copy(update={"digest": digest, "records": len(records), "overlaps": overlaps})
             ledger.pending[request_id] = entry
+    check_stored(project, request_id, entry)
+    check_fits(project, settings, request_id, read_jsonl(project.request(request_id)))
+    return entry
+
+
+def check_stored(project: Project, request_id: str, entry: Entry) -> None:
+    """Hold a request's file against the digest that the ledger attests.
+
+    Raises:
+        InputError: if the file is missing or another one.
+    """
+    path = project.request(request_id)
     if not path.is_file():
         raise InputError(f"data/requests/{request_id}.jsonl is missing; 'dvc checkout' or 'dvc pull' brings it back")
     if keyed_digest_of(path, project.key()) != entry.digest:
         raise InputError(f"data/requests/{request_id}.jsonl was changed after intake: the ledger has another digest")
-    check_fits(project, settings, request_id, read_jsonl(path))
-    return entry
 
 
 def store(project: Project, request_id: str, records: Records, *, create_key: bool, track: Track) -> str:

@@ -89,7 +89,7 @@ class Ledger(BaseModel):
         accepted = list(self.accepted)
         return accepted[: accepted.index(request_id)] if request_id in self.accepted else accepted
 
-    def decide(self, request_id: str, *, accepted: bool, previous: str, digest: str, reason: str, day: date) -> None:
+    def decide(self, request_id: str, *, accepted: bool, previous: str, reason: str, day: date) -> None:
         """Move a pending request to its verdict.
 
         Saying a verdict again changes nothing, and a request that was withdrawn meanwhile stays withdrawn.
@@ -106,7 +106,6 @@ class Ledger(BaseModel):
         entry = self.pending.pop(request_id).model_copy(
             update={
                 "previous": previous,
-                "digest": digest,
                 "decided": day.isoformat(),
                 "reason": None if accepted else reason,
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -146,6 +147,12 @@ def validate_rows(
         extra = sorted(set(row) - set(allowed))
         faults += [(line, f"unknown field {_shown(n)}; {form} records have {', '.join(allowed)}") for n in extra]
         faults += [(line, f"field {name!r} is missing") for name in FORMS[form] if name not in row]
+        # An empty cell of a table is often written so, and pandera takes it for a field that is not there.
+        faults += [
+            (line, f"field {name!r}: expected a value, found NaN; leave the field out")
+            for name in (*COMMON, *OPTIONAL[form])
+            if isinstance(row.get(name), float) and math.isnan(row[name])
+        ]
         # Looked for here, because pandera itself fails on a value that cannot be encoded.
         faults += [
             (line, f"field {name!r}: expected valid Unicode") for name in allowed if not _is_unicode(row.get(name))

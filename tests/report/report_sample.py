@@ -29,6 +29,7 @@ def make_sample(root: Path) -> Project:
     for number, request in enumerate(("r001", "r002", "r003", "r004"), 1):
         rows = [{"id": i, "question": SECRETS[2], "answer": " ".join(SECRETS[:2]) + f" {i}"} for i in range(RECORDS)]
         write_jsonl(project.request(request), [{**row, "salt": f"{number}{row['id']}"} for row in rows])
+        write_jsonl(project.splits / "forget" / f"{request}.jsonl", rows)
         entry = Entry(
             received=f"2026-10-0{number}", due=f"2026-11-0{number}", records=RECORDS,
             digest=keyed_digest_of(project.request(request), project.key()),

@@ -7,6 +7,8 @@ import json
 import os
 import stat
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from pypdf import PdfReader
 from report_sample import RECORDS, SECRETS, make_sample
 
 from alkn.errors import AlknError, ChainBroken, InputError
-from alkn.files import read_json, write_bytes, write_json
+from alkn.files import read_json, write_bytes, write_json, write_jsonl
 from alkn.project import Project
 from alkn.report.canonical import canonical
 from alkn.report.certificate import certificate_of
@@ -123,6 +125,78 @@ def test_a_rejected_request_is_told_as_not_forgotten(project: Project) -> None:
     assert "utility: facts kept of base 0.2, limit 0.9" in document["statement"]
     text = words_of(certificate_pdf(document))
     assert "NOT FORGOTTEN: the request was rejected" in text and "FORGOTTEN, as measured" not in text
+
+
+def gone(project: Project) -> None:
+    project.step("r002").attacks.unlink()
+
+
+def failed(project: Project) -> None:
+    manifest = read_json(project.step("r002").manifest)
+    write_json(project.step("r002").manifest, manifest | {"accepted": False})
+
+
+def other_settings(project: Project) -> None:
+    path = project.step("r002").params
+    path.write_text(path.read_text().replace("0.05", "0.5"))
+
+
+def other_parent(project: Project) -> None:
+    path = project.step("r001").evaluation
+    write_bytes(path, path.read_bytes() + b" ")
+
+
+def other_base(project: Project) -> None:
+    path = project.base.evaluation
+    write_bytes(path, path.read_bytes() + b" ")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (gone, "steps/r002/attacks.json is missing"),
+        (failed, "the ledger says accepted, and the step's manifest the other verdict"),
+        (other_settings, "steps/r002/params.yaml was changed after it was made"),
+        (other_parent, "steps/r001/evaluation.json was changed after it was made"),
+        (other_base, "steps/base/evaluation.json was changed after it was made"),
+    ],
+)
+def test_nothing_is_signed_on_evidence_that_is_gone_or_is_another(
+    change: Callable[[Project], None], said: str, project: Project
+) -> None:
+    """What a certificate says beside the step's own numbers is held against its digest as well."""
+    change(project)
+    done = alkn(project.root, "certificate", "r002")
+    assert isinstance(done.exception, ChainBroken) and said in str(done.exception)
+    assert not (project.root / "reports" / "certificates").exists()
+
+
+def test_the_base_models_numbers_are_those_on_the_same_records(project: Project) -> None:
+    """A request of somebody else's records under an id of the benchmark's has none."""
+    for request in ("r001", "r002"):
+        assert "base" in document_of(project, "r002")["metrics"][words_of_set(request)]["probability"]
+    for request in ("r001", "r002"):
+        write_jsonl(project.request(request), [{"id": 0, "question": "q", "answer": "a", "salt": "0"}])
+        assert "base" not in document_of(project, "r002")["metrics"][words_of_set(request)]["probability"]
+    assert "base" in document_of(project, "r002")["metrics"]["retain/facts"]["probability"]
+
+
+def words_of_set(request: str) -> str:
+    """The set of a request's records in the evaluation of r002."""
+    return "forget" if request == "r002" else f"earlier/{request}"
+
+
+def test_a_sample_is_called_a_sample(project: Project) -> None:
+    """Six of forty records: said, with the interval for all forty that was worked out when they were drawn."""
+    facts = read_decided(project, "r002")
+    drawn = {"records": 6, "of": 40, "confidence": 0.95, "intervals": {"probability": [0.01, 0.25]}}
+    facts = replace(facts, evaluation={**facts.evaluation, "sampled": {"earlier/r001": drawn}})
+    document = certificate_of(facts, project="sample", issued=date(2026, 11, 21), key="k", program="alkn 0")
+    told = {line["what"]: line["why"] for line in document["not_measured"]}
+    assert told["34 of the 40 records of earlier/r001"] == "a sample was drawn of them"
+    rows = document["metrics"]["earlier/r001"]
+    assert rows["probability"]["interval"] == [0.01, 0.25] and "interval" not in rows["exact_memorization"]
+    assert "exact_memorization" in next(what for what, why in told.items() if why == "it was measured on a sample")
 
 
 def test_no_text_of_a_record_is_in_it(project: Project) -> None:

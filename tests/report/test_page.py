@@ -201,6 +201,12 @@ def test_without_a_matrix_the_steps_own_evaluations_speak(tmp_path: Path) -> Non
     assert cells["r002"]["r001"]["probability"] == second["earlier/r001"]["probability"]
     write_json(project.root / "reports" / "matrix.json", {"digests": {"models": {"r002": "sha256:old"}}, "cells": {}})
     assert read_story(project, "sample").matrix is None, "it is of other models"
+    digests = {model: read_json(project.step(model).manifest)["outputs"]["model"] for model in ("base", "r001", "r002")}
+    write_json(project.root / "reports" / "matrix.json", {"digests": {"models": digests}, "cells": {}})
+    assert read_story(project, "sample").matrix is not None
+    del digests["r002"]
+    write_json(project.root / "reports" / "matrix.json", {"digests": {"models": digests}, "cells": {}})
+    assert read_story(project, "sample").matrix is None, "the newest model is not in it"
 
 
 def test_a_step_that_cannot_be_read_is_named_and_the_others_are_told(tmp_path: Path) -> None:

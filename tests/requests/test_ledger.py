@@ -34,7 +34,7 @@ def project(tmp_path: Path) -> Project:
 
 
 def accept(ledger: Ledger, name: str, *, previous: str, accepted: bool = True) -> None:
-    ledger.decide(name, accepted=accepted, previous=previous, digest=f"d-{name}", reason="utility", day=DAY)
+    ledger.decide(name, accepted=accepted, previous=previous, reason="utility", day=DAY)
 
 
 def test_an_empty_file_is_an_empty_ledger(project: Project) -> None:
@@ -49,7 +49,7 @@ def test_verdicts_move_requests() -> None:
     accept(ledger, "r001", previous="base")
     accept(ledger, "r002", previous="r001", accepted=False)
     assert (list(ledger.accepted), list(ledger.pending), list(ledger.rejected)) == (["r001"], [], ["r002"])
-    done = {"previous": "base", "digest": "d-r001", "decided": "2025-03-01"}
+    done = {"previous": "base", "decided": "2025-03-01"}
     assert ledger.entry("r001") == entry().model_copy(update=done)
     rejected = ledger.entry("r002")
     assert (rejected.previous, rejected.reason, rejected.decided) == ("r001", "utility", "2025-03-01")
@@ -62,7 +62,7 @@ def test_the_same_verdict_again_changes_nothing(accepted: bool) -> None:
     ledger = pending("r001")
     accept(ledger, "r001", previous="base", accepted=accepted)
     before = ledger.model_copy(deep=True)
-    ledger.decide("r001", accepted=accepted, previous="x", digest="y", reason="z", day=date(2025, 4, 1))
+    ledger.decide("r001", accepted=accepted, previous="x", reason="z", day=date(2025, 4, 1))
     assert ledger == before
 
 

@@ -244,6 +244,13 @@ def test_a_wrong_value_names_line_and_field(
     assert f"line 3: field '{field}': expected {expected}" in refuse(good, "", good | change, good).split("\n")
 
 
+@pytest.mark.parametrize("field", ["paraphrased_answer", "perturbed_answer", "domain", "id"])
+def test_an_empty_cell_of_a_table_is_no_field(field: str, refuse: Refuse) -> None:
+    """pandas writes NaN for it, and Python's JSON reads that."""
+    told = refuse(QA, QA | {field: float("nan")})
+    assert told == f"line 2: field '{field}': expected a value, found NaN; leave the field out"
+
+
 @pytest.mark.parametrize("missing", ["question", "answer"])
 def test_a_missing_field(missing: str, refuse: Refuse) -> None:
     row = {name: value for name, value in QA.items() if name != missing}
