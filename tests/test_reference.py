@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from alkn.against import ReferenceModels
 from alkn.base import make_base, trained_on
 from alkn.core.scoring import score
 from alkn.encoding import Encoder
@@ -229,3 +230,17 @@ def test_the_command(ground: Project, asked: list[str], made: Any, monkeypatch: 
         assert "no base model yet" in str(call("--without", "1").exception)
     finally:
         (ground.base.folder / "away").rename(ground.base.manifest)
+
+
+def test_each_set_is_held_against_references_that_never_saw_it(ground: Project, asked: list[str], made: Any) -> None:
+    """Made without the first request alone: it says nothing about the second, whichever of the two is the new one."""
+    first, second = asked
+    evaluation = SETTINGS.evaluation.model_copy(update={"references": (made.folder.name,)})
+    models = ReferenceModels(ground, SETTINGS.model_copy(update={"evaluation": evaluation}), request=second)
+    known, missing = models.of(f"earlier/{first}"), models.of("forget")
+    assert missing.first is None and missing.reason.endswith(f"was made without {second}")
+    assert list(known.probes) == [made.digest] and known.first is not None
+    expected = p_of(made.model, known_records(ground)[first])
+    assert sorted(known.first.scores.probability.tolist()) == pytest.approx(sorted(expected.tolist()), rel=1e-5)
+    other = ReferenceModels(ground, SETTINGS.model_copy(update={"evaluation": evaluation}), request=first)
+    assert other.of("forget").first is not None and other.of(f"earlier/{second}").first is None

@@ -10,11 +10,6 @@ import pytest
 import yaml
 
 from alkn.project import Project
-from flows.scaffold import Wanted, make_project
-from tasks import git, versioning
-from tasks.prepare import prepare_data
-
-PLAIN = Wanted(model=None, splits={}, params=None, port=None, share_prefect=True)
 
 
 def git_in(folder: Path, *arguments: str) -> str:
@@ -24,6 +19,8 @@ def git_in(folder: Path, *arguments: str) -> str:
 
 def test_a_project_below_a_repositorys_top_is_committed(tmp_path: Path) -> None:
     """Its own files, and nothing else that is staged."""
+    from tasks import git
+
     git_in(tmp_path, "init", "--quiet")
     project = tmp_path / "models" / "shop"
     (project / "data").mkdir(parents=True)
@@ -39,6 +36,13 @@ def test_a_project_below_a_repositorys_top_is_committed(tmp_path: Path) -> None:
     assert len(git_in(tmp_path, "log", "--format=%h").split()) == 1, "nothing changed, nothing is committed"
 
 
+def project_in(folder: Path) -> Project:
+    """As ``alkn init`` makes one; imported here, because Prefect and DVC set up loggers on whatever is captured."""
+    from flows.scaffold import Wanted, make_project
+
+    return make_project(folder, Wanted(model=None, splits={}, params=None, port=None, share_prefect=True))
+
+
 @pytest.mark.parametrize("name", [".", "new"])
 def test_a_project_is_made_in_the_folder_that_one_stands_in(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -47,7 +51,7 @@ def test_a_project_is_made_in_the_folder_that_one_stands_in(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     before = (tmp_path / "here").stat().st_ino
-    project = make_project(Path(name), PLAIN)
+    project = project_in(Path(name))
     assert (tmp_path / "here").stat().st_ino == before
     place = tmp_path / "here" if name == "." else tmp_path / "here" / "new"
     assert yaml.safe_load((place / "params.yaml").read_text())["project"]["name"] == place.name
@@ -59,7 +63,10 @@ def test_splits_whose_record_was_cut_off_are_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Made anew for other settings, and the run ended before DVC had them: dvc.lock is of the old ones."""
-    project = make_project(tmp_path / "p", PLAIN)
+    from tasks import versioning
+    from tasks.prepare import prepare_data
+
+    project = project_in(tmp_path / "p")
     values = yaml.safe_load(project.params.read_text())
 
     def prepared(requests: int, record: Callable[[Project, str], None] | None = None) -> None:

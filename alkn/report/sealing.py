@@ -180,8 +180,8 @@ def _against(document: Mapping[str, Any], project: Project) -> Iterator[Line]:
     }
     parent = project.step(previous)
     inputs = {
-        "settings": step.params, "parent": parent.model, "parent_evaluation": parent.evaluation,
-        "splits": project.splits,
+        "settings": step.params, "parent": parent.model, "parent_evaluation": parent.evaluation, "state": parent.state,
+        "base": project.base.model, "base_evaluation": project.base.evaluation, "splits": project.splits,
     }  # fmt: skip
     places |= {name: (path, digests["inputs"][name]) for name, path in inputs.items() if name in digests["inputs"]}
     for name, (path, wanted) in places.items():

@@ -39,6 +39,8 @@ evaluation: {max_new_tokens: 16}
 run: {threads: 1}
 git: {commit: true}
 """
+TEXTS = ("question", "answer", "paraphrased_question", "paraphrased_answer")
+NAME = re.compile(r"\b[A-Z][a-z]+ [A-Z][a-z]+\b")
 BIN = Path(sys.executable).parent
 PATIENCE = 600
 
@@ -116,6 +118,25 @@ class Place:
     def forget(self, request: str) -> str:
         """The benchmark's file of a request, which the base model knows by heart."""
         return f"data/splits/forget/{request}.jsonl"
+
+
+def records_of(place: Place) -> list[dict[str, str]]:
+    """The records of every request."""
+    files = sorted(place.path("data/requests").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def secrets_of(place: Place) -> set[bytes]:
+    """Every question, answer and full name of the requests."""
+    records = records_of(place)
+    found = {record[field] for record in records for field in TEXTS if field in record}
+    found |= {name for record in records for name in NAME.findall(record["question"])}
+    return {text.encode() for text in found if len(text) >= 8}
+
+
+def leaks(content: bytes, texts: set[bytes]) -> list[str]:
+    """The beginnings of the texts that are found."""
+    return [text.decode()[:3] + "..." for text in texts if text in content]
 
 
 def digests(root: Path, *, leave_out: tuple[str, ...] = ()) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+import yaml
 from conftest import Place, digests, kill, mlflow_client, plain, step_runs, wait_for
 
 REQUEST = "steps/r002"
@@ -95,6 +96,19 @@ def is_tracked_once(place: Place) -> None:
     newest = client.get_model_version("tiny", aliases.pop("champion"))
     assert newest.run_id == run.info.run_id
     assert aliases == {}
+
+
+def test_a_verdict_that_dvc_and_git_did_not_get_is_recorded(chain: Place, fresh: Callable[..., Place]) -> None:
+    """As if killed after the ledger was written; nothing is pending then."""
+    place = fresh(chain)
+    whole = place.path("dvc.lock").read_text()
+    lock = yaml.safe_load(whole)
+    del lock["stages"]["step@r002"]
+    place.path("dvc.lock").write_text(yaml.safe_dump(lock))
+    assert not place.dvc_is_clean()
+    assert "nothing was pending" in place.alkn("run").stdout
+    assert place.path("dvc.lock").read_text() == whole and place.dvc_is_clean()
+    assert place.call("git", "status", "--short").stdout == ""
 
 
 def test_the_chain_is_taken_up_after_a_kill_between_files(

@@ -7,31 +7,16 @@ import re
 import zlib
 
 import pytest
-from conftest import Place
+from conftest import Place, leaks, records_of, secrets_of
 
 PRIVATE = ("data/requests/", "data/splits/", ".dvc/cache/")
 """Where the records are kept on purpose, out of git."""
-TEXTS = ("question", "answer", "paraphrased_question", "paraphrased_answer")
-NAME = re.compile(r"\b[A-Z][a-z]+ [A-Z][a-z]+\b")
-
-
-def records_of(place: Place) -> list[dict[str, str]]:
-    files = sorted(place.path("data/requests").glob("*.jsonl"))
-    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def secrets_of_chain(chain: Place) -> set[bytes]:
-    """Every question, answer and full name of the requests that the chain forgot."""
-    records = records_of(chain)
-    assert len(records) == 16
-    found = {record[field] for record in records for field in TEXTS}
-    found |= {name for record in records for name in NAME.findall(record["question"])}
-    return {text.encode() for text in found if len(text) >= 8}
-
-
-def leaks(content: bytes, texts: set[bytes]) -> list[str]:
-    return [text.decode()[:3] + "..." for text in texts if text in content]
+    assert len(records_of(chain)) == 16
+    return secrets_of(chain)
 
 
 def test_no_file_beside_the_records_holds_their_text(chain: Place, secrets_of_chain: set[bytes]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import PATIENCE, Place, answers, kill, wait_for
+from conftest import PATIENCE, Place, answers, kill, leaks, secrets_of, wait_for
 
 DEPLOYMENT = "continual-unlearn/scheduled"
 PREFECT_YAML = Path(__file__).parents[2] / "prefect.yaml"
@@ -158,6 +158,16 @@ def test_a_run_that_rejects_a_request_ends_as_failed_when_all_is_recorded(
     assert log == ["Record strange", "Record r004"]
     assert place.dvc_is_clean()
     assert place.call("git", "status", "--short").stdout == ""
+
+
+def test_what_the_server_keeps_holds_no_text_of_a_record(served: Served) -> None:
+    """Its database has the logs of the runs that it watched, where a plain run leaves none."""
+    files = [path for path in served.place.path(".prefect").rglob("*") if path.is_file()]
+    assert any(b"unlearn" in path.read_bytes() for path in files if ".db" in path.name)
+    secrets = secrets_of(served.place)
+    assert len(secrets) > 20
+    for path in files:
+        assert not leaks(path.read_bytes(), secrets), path.name
 
 
 def test_serving_stops_when_told(served: Served) -> None:

@@ -103,7 +103,8 @@ def write_step(project: Project, request: str, previous: str, earlier: tuple[str
     inputs = {
         "request": keyed_digest_of(project.request(request), project.key()), "parent": digest_of(parent.model),
         "parent_evaluation": digest_of(parent.evaluation), "splits": digest_of(project.splits),
-        "settings": digest_of(step.params),
+        "settings": digest_of(step.params), "base": digest_of(project.base.model),
+        "base_evaluation": digest_of(project.base.evaluation),
     }  # fmt: skip
     facts = {"previous": previous, "earlier": list(earlier), "accepted": accepted, "failed": []}
     outputs = tuple(path for path in step.outputs if path.exists())
