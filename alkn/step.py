@@ -63,7 +63,7 @@ def plan_step(
     """Everything that goes into a step, checked against the manifests it builds on.
 
     Raises:
-        ChainBroken: if the parent model or an earlier request's file is not what its manifest says.
+        ChainBroken: if the base model, the parent or an earlier request's file is not what its manifest says.
         InputError: if a target is the holdout's level and there is no holdout.
     """
     key, attested, base = project.key(), erased_requests(project, earlier), check_step(project.base)
@@ -274,9 +274,17 @@ def sealed_step(project: Project, request_id: str) -> Sealed | None:
         return None
     if not step.params.is_file() or digest_of(step.params) != stated["settings"]:
         return None
-    settings = load_settings(step.params)
+    try:
+        settings = load_settings(step.params)
+    except InputError as error:
+        logger.warning(
+            "%s is made anew: the settings of the step that lies there cannot be read: %s", request_id, error
+        )
+        return None
     plan = plan_step(project, request_id, previous=ledger.newest, earlier=tuple(ledger.accepted), settings=settings)
-    if dict(plan.inputs) != stated:
+    changed = sorted(name for name in {**stated, **plan.inputs} if stated.get(name) != plan.inputs.get(name))
+    if changed:
+        logger.warning("%s is made anew: the step that lies there rests on another %s", request_id, ", ".join(changed))
         return None
     return Sealed(request_id, manifest["accepted"], "; ".join(manifest["failed"]), manifest)
 

@@ -33,8 +33,8 @@ def prepare_base(project: Project, settings: Settings) -> None:
 def _is_behind(project: Project, stage: str) -> bool:
     """Whether DVC lacks what was made: a run may have ended between the two.
 
-    Under a chain nothing is made anew, and what differs from dvc.lock is damage that 'dvc checkout' mends.
+    Under a chain nothing is made anew. Outputs that differ alone are damage, which 'dvc checkout' mends.
     """
-    if load_ledger(project).accepted:
-        return stage not in versioning.recorded_stages(project)
-    return not versioning.is_current(project, stage)
+    if stage not in versioning.recorded_stages(project):
+        return True
+    return not load_ledger(project).accepted and versioning.is_of_other_inputs(project, stage)

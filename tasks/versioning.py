@@ -94,11 +94,10 @@ def record_stage(project: Project, stage: str) -> None:
     _with(project, lambda repo: repo.commit(f"dvc.yaml:{stage}", force=True))
 
 
-def is_current(project: Project, stage: str) -> bool:
-    """Whether dvc.lock holds a stage, with what lies there now."""
-    if stage not in recorded_stages(project):
-        return False
-    return _with(project, lambda repo: not repo.status(targets=[f"dvc.yaml:{stage}"]))
+def is_of_other_inputs(project: Project, stage: str) -> bool:
+    """Whether what dvc.lock holds of a stage was made from other settings or files than lie there now."""
+    status = _with(project, lambda repo: repo.status(targets=[f"dvc.yaml:{stage}"]))
+    return any(isinstance(line, dict) and "changed deps" in line for line in status.get(stage, ()))
 
 
 def stages(project: Project) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +43,6 @@ def test_disk_and_time_grow_with_what_is_pending(
     two = {"r002": entry, "r003": entry.model_copy(update={"records": 6})}
     found = estimate(project, settings, Ledger(accepted={"r001": entry}, pending=two))
     assert (found.disk, found.seconds) == (2 * 5 * size, 25.0)
-    assert found.free == shutil.disk_usage(project.root).free or found.free > 0
 
 
 def test_a_step_is_not_begun_on_a_full_disk(

@@ -81,9 +81,14 @@ def test_splits_whose_record_was_cut_off_are_recorded(
         raise KeyboardInterrupt
 
     prepared(2)
-    assert versioning.is_current(project, "data")
+    assert not versioning.is_of_other_inputs(project, "data")
     with pytest.raises(KeyboardInterrupt):
         prepared(1, cut_off)
-    assert "data" in versioning.recorded_stages(project) and not versioning.is_current(project, "data")
+    assert "data" in versioning.recorded_stages(project) and versioning.is_of_other_inputs(project, "data")
     prepared(1)
-    assert versioning.is_current(project, "data")
+    assert not versioning.is_of_other_inputs(project, "data")
+    # Damage is none of that: dvc.lock keeps what 'dvc checkout' brings back.
+    lock, path = (project.root / "dvc.lock").read_bytes(), project.splits / "utility.jsonl"
+    path.write_text("")
+    prepared(1)
+    assert (project.root / "dvc.lock").read_bytes() == lock

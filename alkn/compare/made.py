@@ -34,19 +34,13 @@ class Made:
     @classmethod
     def here(cls) -> Made:
         """By this code, today, on this machine."""
-        versions = environment()
+        version, versions = code_version(), environment()
         return cls(
-            code_now(),
+            version.get("commit", version["version"])[:12],
             f"{datetime.now(UTC):%Y-%m-%d}",
             f"{_processor()}, {os.cpu_count()} cores, {_memory_gib():.0f} GiB{_gpu()}; torch {versions['torch']},"
             f" transformers {versions['transformers']}, Python {versions['python']}",
         )
-
-
-def code_now() -> str:
-    """The present code, as :class:`Made` names it."""
-    version = code_version()
-    return str(version.get("commit", version["version"]))[:12]
 
 
 def asked_of(comparison: Comparison, cell: Cell) -> str:

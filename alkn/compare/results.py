@@ -23,10 +23,12 @@ from alkn.compare.cell import (
 )
 from alkn.compare.config import Cell, Comparison, Entry
 from alkn.compare.final import final_file, wanted_of
-from alkn.compare.made import Made, asked_of, code_now
+from alkn.compare.made import Made, asked_of
+from alkn.errors import InputError
 from alkn.files import read_json
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
+from alkn.registry import unknown_name
 from alkn.report import words
 
 
@@ -276,14 +278,20 @@ def choose(results: Sequence[CellResult], domain: str | None) -> CellResult:
 
     Args:
         results: the variants on the first seed.
-        domain: utility domain, one of those measured; ``None``: the first.
+        domain: utility domain; ``None``: the first.
+
+    Raises:
+        InputError: if nobody measured that domain.
     """
+    known = list(results[0].base.never)
+    if domain not in (None, *known):
+        raise InputError(f"choose_by: {unknown_name('utility domain', str(domain), known)}")
+    chosen = domain or next(iter(known), "")
 
     def key(result: CellResult) -> tuple[float, ...]:
         if result.state != "done":
             return (-1.0, float(result.reached_count), 0.0)
-        never = result.steps[-1].never
-        utility = never[domain] if domain else next(iter(never.values()))
+        utility = result.steps[-1].never.get(chosen, 0.0)
         if result.reached_count == len(result.chain):
             return (1.0, utility, 0.0)
         excess = max(step.requests[step.request].excess(result.limits) for step in result.steps)
@@ -328,14 +336,9 @@ def made_here(folder: Path, comparison: Comparison, cell: Cell) -> CellResult | 
 
 
 def _recorded(folder: Path, comparison: Comparison, record: Record, cell: Cell) -> CellResult | None:
-    """A cell on record: of the same settings, and of the same data as the seed's, where they are here.
-
-    One that diverged with other code is tried again.
-    """
+    """A cell on record: of the same settings, and of the same data as the seed's, where they are here."""
     found, ground = record.get(cell.name), ground_of(folder, cell.seed)
     if found is None or found.asked != asked_of(comparison, cell):
-        return None
-    if found.state != "done" and found.made.code != code_now():
         return None
     if belongs(ground, comparison.ground_settings(cell.seed)) and found.splits != splits_of(ground):
         return None

@@ -80,7 +80,9 @@ def _request(facts: Decided) -> dict[str, Any]:
         "previous": facts.manifest["previous"],
         "method": _method(facts),
         "forget": [_row(words.name_of(name), forget[name], metrics.get("holdout", {}).get(name)) for name in order],
-        "headline": {name: _row(name, forget[name]) for name in HEADLINE if name in forget},
+        "headline": {
+            name: _row(name, forget.get(name, {"value": None, "before": facts.before.get(name)})) for name in HEADLINE
+        },
         "earlier": [
             (name.partition("/")[2], [_row(words.name_of(m), row[m]) for m in FIRST if m in row])
             for name, row in metrics.items()

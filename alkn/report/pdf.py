@@ -139,13 +139,13 @@ def _measured(paper: _Paper, document: Mapping[str, Any]) -> None:
         ]
         for metric, row in sets.get("forget", {}).items()
     ]  # fmt: skip
-    head = ["metric", "before", "after", "95 % interval", "base", "reference", "never seen"]
+    head = ["metric", "before", "after", "interval", "base", "reference", "never seen"]
     _table(paper, head, rows, widths=(46, 18, 18, 34, 18, 20, 20), right=range(1, 7))
     earlier = {name.partition("/")[2]: row for name, row in sets.items() if name.startswith("earlier/")}
     if earlier:
         _heading(paper, "Earlier requests: has anything come back?")
         _table(
-            paper, ["request", "P", "95 % interval", "exact memorization", "95 % interval"],
+            paper, ["request", "P", "interval", "exact memorization", "interval"],
             [
                 [name, *(cell for metric in ("probability", "exact_memorization") for cell in _cells(row, metric))]
                 for name, row in earlier.items()
@@ -177,7 +177,7 @@ def _kept(paper: _Paper, document: Mapping[str, Any]) -> None:
         ]
         for name, row in document["metrics"].get("model", {}).items()
     ]  # fmt: skip
-    head = ["set", "before", "after", "95 % interval", "base", "reference"]
+    head = ["set", "before", "after", "interval", "base", "reference"]
     _table(paper, head, rows, widths=(60, 21, 21, 34, 18, 20), right=range(1, 6))
     _text(paper, f"Intervals: {document['intervals']}.", size=7.5, pale=True)
 

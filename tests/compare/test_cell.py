@@ -13,7 +13,7 @@ import yaml
 
 from alkn.compare.cell import ground_is_made, ground_of, make_ground, project_of, requests_of, run_cell
 from alkn.compare.config import Cell, Comparison, load_comparison
-from alkn.compare.results import CellResult, collect, read_cell
+from alkn.compare.results import CellResult, choose, collect, read_cell
 from alkn.core.truth_ratio import truth_ratios
 from alkn.encoding import Encoder
 from alkn.errors import InputError
@@ -137,22 +137,12 @@ def test_on_record_counts_with_the_same_settings_and_the_same_data_alone(folder:
         assert (STEPS not in collect(tmp_path, comparison, {STEPS.name: cell}).missing) is counts
 
 
-def test_what_diverged_with_other_code_is_tried_again_also_where_it_is_on_record(folder: Path, tmp_path: Path) -> None:
-    comparison, found = written(folder), result(folder, WRECK)
-    shutil.copytree(folder / "base", tmp_path / "base", symlinks=True)
-    for cell, counts in ((found, True), (replace(found, made=replace(found.made, code="0123456789ab")), False)):
-        assert (WRECK not in collect(tmp_path, comparison, {WRECK.name: cell}).missing) is counts
-    done = result(folder, STEPS)
-    other = replace(done, made=replace(done.made, code="0123456789ab"))
-    assert STEPS not in collect(tmp_path, comparison, {STEPS.name: other}).missing, (
-        "a chain that came to its end counts"
-    )
-
-
 def test_a_domain_that_nobody_measures_is_refused_before_anything_is_made(folder: Path) -> None:
     comparison = written(folder, choose_by="custmers")
     with pytest.raises(InputError, match="choose_by: unknown utility domain 'custmers'. Did you mean 'customers'?"):
         make_ground(folder, comparison, 0, quiet)
+    with pytest.raises(InputError, match="choose_by: unknown utility domain 'custmers'"):
+        choose([result(folder, STEPS)], comparison.choose_by)
     written(folder)
 
 

@@ -194,6 +194,7 @@ def test_a_sample_is_called_a_sample(project: Project) -> None:
     document = certificate_of(facts, project="sample", issued=date(2026, 11, 21), key="k", program="alkn 0")
     told = {line["what"]: line["why"] for line in document["not_measured"]}
     assert told["34 of the 40 records of earlier/r001"] == "a sample was drawn of them"
+    assert document["intervals"].endswith("by betting, 95%") and "bootstrap" in document["intervals"]
     rows = document["metrics"]["earlier/r001"]
     assert rows["probability"]["interval"] == [0.01, 0.25] and "interval" not in rows["exact_memorization"]
     assert "exact_memorization" in next(what for what, why in told.items() if why == "it was measured on a sample")

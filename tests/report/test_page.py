@@ -15,11 +15,13 @@ import pytest
 from click.testing import CliRunner
 from report_sample import DOMAIN, SECRETS, attacks, make_sample
 
-from alkn.files import read_json, write_bytes, write_json
+from alkn.files import digest_of, read_json, write_bytes, write_json
 from alkn.project import Project
 from alkn.report.page import report_page
 from alkn.report.plots import forgetting, pictures, tables
 from alkn.report.story import matrix_cells, read_story
+from alkn.requests.ledger import load_ledger
+from alkn.summary import chain_rows
 from flows.cli import cli
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "source", "base"}
@@ -216,6 +218,23 @@ def test_a_step_that_cannot_be_read_is_named_and_the_others_are_told(tmp_path: P
     assert "Not readable: r001" in page.words
     assert "steps/r001/evaluation.json was changed after it was made" in page.words
     assert "request-r002" in {attributes.get("id") for _, attributes in page.tags}
+
+
+def test_a_step_whose_p_could_not_be_computed_has_a_dash(tmp_path: Path) -> None:
+    """A broken model's, which was rejected: page and summary are written, and say why there is no number."""
+    project = make_sample(tmp_path)
+    step = project.step("r003")
+    evaluation, manifest = read_json(step.evaluation), read_json(step.manifest)
+    for name in ("probability", "exact_memorization"):
+        del evaluation["sets"]["forget"][name]
+        evaluation["missing"][f"forget.{name}"] = "a value is not a finite number"
+    write_json(step.evaluation, evaluation)
+    manifest["outputs"]["evaluation.json"] = digest_of(step.evaluation)
+    write_json(step.manifest, manifest)
+    page = Page(report_page(read_story(project, "sample"), made="2026-11-21", program="alkn 0").decode())
+    assert "Not readable" not in page.words and "a value is not a finite number" in page.words
+    row = next(row for row in chain_rows(project, load_ledger(project)) if row["request"] == "r003")
+    assert row["p_after"] is None and row["p_before"] == 0.6
 
 
 def test_the_command_writes_the_same_bytes_but_for_the_day(project: Project, source: str) -> None:
