@@ -18,7 +18,7 @@ from alkn.core.unlearning import seed_of
 from alkn.encoding import Encoder
 from alkn.errors import AlknError, InputError
 from alkn.evaluation import Measurements, headline, measure_model
-from alkn.files import digest_of, digest_of_value, remove, write_json, write_via
+from alkn.files import digest_of_value, remove, write_json, write_via
 from alkn.manifest import write_manifest
 from alkn.models import (
     check_model_folder,
@@ -28,7 +28,7 @@ from alkn.models import (
     train_tokenizer,
 )
 from alkn.project import Project
-from alkn.record_sets import Records, by_domain, generic_text, known_records, load_split
+from alkn.record_sets import Records, by_domain, generic_text, known_records, load_split, splits_digest
 from alkn.requests.schema import form_of
 from alkn.runtime import Runtime
 from alkn.settings import Data, Settings
@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 def base_inputs(project: Project, settings: Settings) -> dict[str, str]:
     """Digests of what the base model is made from."""
     inputs = {"settings": digest_of_value(settings.of_base())}
-    if project.splits.exists():
-        inputs["splits"] = digest_of(project.splits)
+    if (splits := splits_digest(project)) is not None:
+        inputs["splits"] = splits
     return inputs | text_digests(project, settings.evaluation)
 
 

@@ -17,10 +17,10 @@ from alkn.core.distributed import is_main, wait
 from alkn.core.scoring import Progress, no_progress
 from alkn.errors import InputError
 from alkn.estimate import check_disk
-from alkn.files import digest_of, write_yaml
+from alkn.files import write_yaml
 from alkn.manifest import check_step, outputs_hold, read_manifest
 from alkn.project import Project
-from alkn.record_sets import build_splits
+from alkn.record_sets import build_splits, splits_digest
 from alkn.records import Plan
 from alkn.requests.intake import check_stored
 from alkn.requests.ledger import BASE, Ledger, load_ledger
@@ -77,8 +77,7 @@ def prepare_base(project: Project, settings: Settings, *, progress: Progress = n
     changed = frozen is not None and any(frozen.get(key) != wanted[key] for key in ("seed", "data", "base"))
     manifest = read_manifest(project.base)
     if manifest is not None:
-        splits = digest_of(project.splits) if project.splits.exists() else None
-        changed = changed or manifest["inputs"].get("splits") != splits
+        changed = changed or manifest["inputs"].get("splits") != splits_digest(project)
     if frozen is not None and manifest is not None and not changed and outputs_hold(project.base, manifest):
         return False
     if changed:

@@ -10,7 +10,7 @@ from typing import Any
 from alkn import registry
 from alkn.core.sampling import mean_interval, sample_of
 from alkn.errors import InputError
-from alkn.files import keyed_digest_of, read_jsonl, write_bytes, write_jsonl, write_via
+from alkn.files import digest_of, keyed_digest_of, read_jsonl, write_bytes, write_jsonl, write_via
 from alkn.project import Project
 from alkn.requests.schema import validate_rows
 from alkn.settings import Settings
@@ -52,6 +52,11 @@ def build_splits(project: Project, settings: Settings) -> None:
 def adopt_split(project: Project, name: str, records: Records) -> None:
     """Put a user's own validated split into the project."""
     write_jsonl(project.splits / f"{name}.jsonl", records)
+
+
+def splits_digest(project: Project) -> str | None:
+    """The digest of ``data/splits``; ``None`` where a project has none."""
+    return digest_of(project.splits) if project.splits.exists() else None
 
 
 def load_split(project: Project, name: str) -> Records:

@@ -45,7 +45,7 @@ from alkn.lora import Adapters
 from alkn.manifest import check_step, outputs_hold, read_manifest, write_manifest
 from alkn.models import load_model, save_model
 from alkn.project import Project, Step
-from alkn.record_sets import by_domain, earlier_records, known_records, load_split
+from alkn.record_sets import by_domain, earlier_records, known_records, load_split, splits_digest
 from alkn.records import Plan, Sealed, Unlearned
 from alkn.reference import open_reference
 from alkn.refusals import REFUSALS
@@ -74,7 +74,7 @@ def plan_step(
         "parent_evaluation": parent["outputs"]["evaluation.json"],
         "base": base["outputs"]["model"],
         "base_evaluation": base["outputs"]["evaluation.json"],
-        "splits": digest_of(project.splits) if project.splits.exists() else "none",
+        "splits": splits_digest(project) or "none",
         "settings": digest_of(project.step(request_id).params),
     }
     if "state.safetensors" in parent["outputs"]:

@@ -23,6 +23,7 @@ from alkn.errors import AlknError, InputError
 from alkn.files import digest_of, digest_of_value, keyed_digest_of, read_json, write_json
 from alkn.manifest import code_version, read_manifest
 from alkn.project import Project, Step
+from alkn.record_sets import splits_digest
 from alkn.records import Plan
 from alkn.requests.ledger import ATTESTED, BASE, Ledger, erased_requests, load_ledger
 from alkn.runtime import Runtime
@@ -98,7 +99,7 @@ def verify_champion(project: Project, *, exact: bool = False, progress: Progress
 def _chain(project: Project, ledger: Ledger) -> Iterator[Finding]:
     """What of base, accepted steps and request files is not as manifests and ledger say."""
     key, previous, base = project.key(), BASE, (read_manifest(project.base) or {"outputs": {}})["outputs"]
-    splits = digest_of(project.splits) if project.splits.exists() else "none"
+    splits = splits_digest(project) or "none"
     for name in (BASE, *ledger.accepted):
         step, manifest = project.step(name), read_manifest(project.step(name))
         if manifest is None:

@@ -59,9 +59,7 @@ def test_a_project_is_made_in_the_folder_that_one_stands_in(
     assert [path.name for path in tmp_path.iterdir()] == ["here"], "nothing is left beside it"
 
 
-def test_splits_whose_record_was_cut_off_are_recorded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_splits_whose_record_was_cut_off_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made anew for other settings, and the run ended before DVC had them: dvc.lock is of the old ones."""
     from tasks import versioning
     from tasks.prepare import prepare_data

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from alkn import chain
 from alkn.attacking import attack_step
-from alkn.compare.config import Cell, Comparison
+from alkn.compare.config import Cell, Comparison, chosen_domain
 from alkn.compare.final import make_references, measure_final
 from alkn.compare.made import Made, settings_of_ground
 from alkn.core.scoring import Progress
@@ -32,7 +32,6 @@ from alkn.models import load_model
 from alkn.project import Project, Step
 from alkn.record_sets import by_domain, earlier_records, load_split
 from alkn.records import Plan
-from alkn.registry import unknown_name
 from alkn.requests.ledger import BASE, Ledger, save_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Evaluation, Settings, load_settings
@@ -89,9 +88,8 @@ def make_ground(folder: Path, comparison: Comparison, seed: int, tell: Tell) -> 
         chain.prepare_data(ground, settings)
         if not requests_of(ground):
             raise InputError(f"benchmark {getattr(settings.benchmark, 'name', '')!r} has no requests to compare on")
-        domains = list(by_domain(load_split(ground, "utility")))
-        if comparison.choose_by not in (None, *domains):
-            raise InputError(f"choose_by: {unknown_name('utility domain', str(comparison.choose_by), domains)}")
+        # Refused before hours of work.
+        chosen_domain(comparison.choose_by, list(by_domain(load_split(ground, "utility"))))
         chain.prepare_base(ground, settings, progress=_telling(tell, BASE))
         make_references(ground, settings, comparison, requests_of(ground), _telling(tell, BASE))
 

@@ -300,3 +300,14 @@ def _distinct(seeds: tuple[int, ...]) -> tuple[int, ...]:
 def _shown(value: Any) -> str:
     """A swept value as it stands in folders and tables."""
     return str(value)
+
+
+def chosen_domain(domain: str | None, known: Sequence[str]) -> str:
+    """The utility domain by which a sweep chooses: ``choose_by``, else the first of those that are measured.
+
+    Raises:
+        InputError: if ``choose_by`` is none of them.
+    """
+    if domain not in (None, *known):
+        raise InputError(f"choose_by: {registry.unknown_name('utility domain', str(domain), list(known))}")
+    return domain or next(iter(known), "")

@@ -21,14 +21,12 @@ from alkn.compare.cell import (
     splits_of,
     state_file,
 )
-from alkn.compare.config import Cell, Comparison, Entry
+from alkn.compare.config import Cell, Comparison, Entry, chosen_domain
 from alkn.compare.final import final_file, wanted_of
 from alkn.compare.made import Made, asked_of
-from alkn.errors import InputError
 from alkn.files import read_json
 from alkn.manifest import read_manifest
 from alkn.project import Project, Step
-from alkn.registry import unknown_name
 from alkn.report import words
 
 
@@ -143,11 +141,12 @@ class CellResult:
             out[f"attack/{name}"] = curve["points"][-1][words.about(curve)[0][0]] if curve is not None else None
         tests = self.final.get("forget_quality", {}).values()
         if tests:
-            whole = len(tests) == len(self.chain)
-            out["quality_min"] = min(test["p_value"] for test in tests) if whole else None
-            out["quality_median"] = statistics.median(test["p_value"] for test in tests) if whole else None
+            out |= dict.fromkeys(("quality_min", "quality_median", "quality_honest"))
+        if len(tests) == len(self.chain):  # of a part of the requests they would say nothing about the chain
+            p_values = [test["p_value"] for test in tests]
+            out |= {"quality_min": min(p_values), "quality_median": statistics.median(p_values)}
             honest = [value for test in tests for value in test["honest"].values()]
-            out["quality_honest"] = statistics.median(honest) if honest and whole else None
+            out["quality_honest"] = statistics.median(honest) if honest else None
         return out
 
 
@@ -259,7 +258,7 @@ def collect(folder: Path, comparison: Comparison, record: Record) -> Results:
         variant = best.cell.variant if best else ""
         rows.append(Row(entry, variant, *_read(folder, comparison, record, comparison.cells(entry, variant))))
     every = [*(cell for row in rows for cell in row.cells), *(trial.result for trial in trials)]
-    domain = comparison.choose_by or (next(iter(every[0].base.never), "") if every else "")
+    domain = chosen_domain(comparison.choose_by, list(every[0].base.never)) if every else ""
     return Results(rows, trials, domain)
 
 
@@ -283,10 +282,7 @@ def choose(results: Sequence[CellResult], domain: str | None) -> CellResult:
     Raises:
         InputError: if nobody measured that domain.
     """
-    known = list(results[0].base.never)
-    if domain not in (None, *known):
-        raise InputError(f"choose_by: {unknown_name('utility domain', str(domain), known)}")
-    chosen = domain or next(iter(known), "")
+    chosen = chosen_domain(domain, list(results[0].base.never))
 
     def key(result: CellResult) -> tuple[float, ...]:
         if result.state != "done":
