@@ -43,7 +43,7 @@ def certificate_of(facts: Decided, *, project: str, issued: date, key: str, prog
         "method": {name: facts.params[name] for name in ("method", "targets", "lora") if name in facts.params},
         "seed": str(facts.manifest["seed"]),
         "metrics": metrics,
-        "intervals": _intervals(facts),
+        "intervals": intervals_of(facts),
         "attacks": attacks_of(facts),
         "gates": facts.gate["gates"],
         "not_measured": [{"what": what, "why": why} for what, why in not_measured(facts, without)],
@@ -58,8 +58,8 @@ def certificate_of(facts: Decided, *, project: str, issued: date, key: str, prog
     }
 
 
-def _intervals(facts: Decided) -> str:
-    """How they were made."""
+def intervals_of(facts: Decided) -> str:
+    """How the intervals beside the numbers were made."""
     own = METHOD if facts.per_record is not None else "none: the step has no per_record.json"
     levels = sorted({f"{sample['confidence']:.0%}" for sample in facts.evaluation.get("sampled", {}).values()})
     drawn = f"; where a sample was drawn: bounds for all records of the set, by betting, {', '.join(levels)}"

@@ -79,6 +79,7 @@ def _request(facts: Decided) -> dict[str, Any]:
         "statement": certificate.statement(facts),
         "previous": facts.manifest["previous"],
         "method": _method(facts),
+        "intervals": certificate.intervals_of(facts),
         "forget": [_row(words.name_of(name), forget[name], metrics.get("holdout", {}).get(name)) for name in order],
         "headline": {
             name: _row(name, forget.get(name, {"value": None, "before": facts.before.get(name)})) for name in HEADLINE

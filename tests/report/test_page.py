@@ -216,6 +216,7 @@ def test_a_step_that_cannot_be_read_is_named_and_the_others_are_told(tmp_path: P
     write_bytes(project.step("r001").evaluation, b"{}")
     page = Page(report_page(read_story(project, "sample"), made="2026-11-21", program="alkn 0").decode())
     assert "Not readable: r001" in page.words
+    assert "Intervals: percentile bootstrap over records, 95%" in page.words, "said once a request"
     assert "steps/r001/evaluation.json was changed after it was made" in page.words
     assert "request-r002" in {attributes.get("id") for _, attributes in page.tags}
 
