@@ -19,6 +19,7 @@ from alkn.errors import InputError
 from alkn.estimate import check_disk
 from alkn.files import write_yaml
 from alkn.manifest import check_step, outputs_hold, read_manifest
+from alkn.planning import plan_step
 from alkn.project import Project
 from alkn.record_sets import build_splits, splits_digest
 from alkn.records import Plan
@@ -26,7 +27,6 @@ from alkn.requests.intake import check_stored
 from alkn.requests.ledger import BASE, Ledger, load_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Settings
-from alkn.step import plan_step
 
 
 def prepare_data(project: Project, settings: Settings) -> bool:

@@ -22,6 +22,7 @@ from alkn.core.scoring import Progress, no_progress
 from alkn.errors import AlknError, InputError
 from alkn.files import digest_of, digest_of_value, keyed_digest_of, read_json, write_json
 from alkn.manifest import code_version, read_manifest
+from alkn.planning import limits_of
 from alkn.project import Project, Step
 from alkn.record_sets import splits_digest
 from alkn.records import Plan
@@ -29,7 +30,7 @@ from alkn.requests.ledger import ATTESTED, BASE, Ledger, erased_requests, load_l
 from alkn.runtime import Runtime
 from alkn.settings import Settings, load_settings
 from alkn.splits import path_under
-from alkn.step import judge, limits_of, measure_step
+from alkn.step import judge, measure_step
 
 FORMAT = 1
 Kind = Literal["changed", "differs", "returned", "unmeasured"]

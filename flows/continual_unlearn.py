@@ -11,11 +11,11 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 
 from alkn.errors import RequestsRejected
+from alkn.planning import sealed_step
 from alkn.project import Project
 from alkn.records import Sealed
 from alkn.requests.ledger import load_ledger
 from alkn.settings import Settings
-from alkn.step import sealed_step
 from tasks.attack import attack
 from tasks.evaluate import evaluate
 from tasks.gate import gate

@@ -17,12 +17,13 @@ from alkn.evaluation import evaluate_model
 from alkn.files import digest_of, read_json, read_jsonl, write_json, write_yaml
 from alkn.manifest import read_manifest
 from alkn.models import Architecture, context_length, load_model, load_tokenizer, new_model, save_model
+from alkn.planning import plan_step
 from alkn.project import Project, Step
 from alkn.record_sets import by_domain, load_split
 from alkn.reference import adopt_reference, open_reference, reference_ratios
 from alkn.registry import metrics
 from alkn.settings import Data, load_settings, validate_settings
-from alkn.step import evaluate_step, make_step, plan_step
+from alkn.step import evaluate_step, make_step
 
 METHOD = {"name": "gradient_ascent", "steps": 20}
 

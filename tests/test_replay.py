@@ -14,10 +14,11 @@ from alkn.core.unlearning import Outcome, StopRule, Task
 from alkn.encoding import Encoder
 from alkn.files import read_json, read_jsonl, write_yaml
 from alkn.models import load_model
+from alkn.planning import limits_of, plan_step
 from alkn.project import Project
 from alkn.requests.ledger import Entry, Ledger, save_ledger
 from alkn.settings import load_settings, validate_settings
-from alkn.step import limits_of, make_step, plan_step, unlearn_step
+from alkn.step import make_step, unlearn_step
 
 QUICK: dict[str, Any] = {
     "name": "alkn", "lr": 3e-3, "steps": 40, "decay_steps": 20, "batch_size": 4, "rehearsal": 8, "rehearsal_batch": 4,

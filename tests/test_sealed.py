@@ -11,10 +11,11 @@ import pytest
 from alkn.chain import begin_together, prepare_base
 from alkn.errors import ChainBroken, InputError
 from alkn.files import digest_of, keyed_digest_of, read_json, read_jsonl, write_json, write_jsonl
+from alkn.planning import plan_step, sealed_step
 from alkn.project import Project
 from alkn.requests.ledger import Entry, Ledger, load_ledger, save_ledger
 from alkn.settings import load_settings, validate_settings
-from alkn.step import make_step, plan_step, sealed_step
+from alkn.step import make_step
 
 QUICK: dict[str, Any] = {"name": "gradient_ascent", "steps": 1}
 

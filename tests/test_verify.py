@@ -20,10 +20,11 @@ from alkn.errors import InputError
 from alkn.files import digest_of, keyed_digest_of, read_json, read_jsonl, write_json, write_yaml
 from alkn.matrix import regression_matrix
 from alkn.models import load_model, load_tokenizer, save_model
+from alkn.planning import plan_step
 from alkn.project import Project, Step
 from alkn.requests.ledger import ATTESTED, BASE, Entry, Ledger, load_ledger, save_ledger
 from alkn.settings import Settings, validate_settings
-from alkn.step import judge, make_step, measure_step, plan_step
+from alkn.step import judge, make_step, measure_step
 from alkn.verify import verify_champion
 
 REQUESTS = ("r001", "r002")

@@ -29,13 +29,14 @@ from alkn.evaluation import evaluate_model
 from alkn.files import digest_of, digest_of_value, read_json, remove, write_json, write_yaml
 from alkn.manifest import code_version, outputs_hold, read_manifest
 from alkn.models import load_model
+from alkn.planning import plan_step
 from alkn.project import Project, Step
 from alkn.record_sets import by_domain, earlier_records, load_split
 from alkn.records import Plan
 from alkn.requests.ledger import BASE, Ledger, save_ledger
 from alkn.runtime import Runtime
 from alkn.settings import Evaluation, Settings, load_settings
-from alkn.step import evaluate_step, gate_step, plan_step, unlearn_step
+from alkn.step import evaluate_step, gate_step, unlearn_step
 
 Tell = Callable[[str, str, int, int], None]
 """Told about progress: the request (or ``base``, ``final``), what is done to it, how far, of how many."""

@@ -10,11 +10,12 @@ import pytest
 
 from alkn.errors import ChainBroken, InputError
 from alkn.files import keyed_digest_of, read_jsonl, write_jsonl
+from alkn.planning import plan_step
 from alkn.project import Project
 from alkn.requests.intake import begin_request, count_overlaps
 from alkn.requests.ledger import Entry, Ledger, load_ledger, save_ledger
 from alkn.settings import Settings, load_settings, validate_settings
-from alkn.step import make_step, plan_step
+from alkn.step import make_step
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
 
