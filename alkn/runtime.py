@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from alkn.core.distributed import processes
 from alkn.errors import InputError
 from alkn.settings import Run
+
+
+class Float32Attention(TorchFunctionMode):
+    """Attention computes in float32, whatever autocast says; its operands stay rounded as they are.
+
+    On a CPU it is three times as slow in bf16, which costs a step what its products save (docs/PERFORMANCE.md).
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch as it was called, attention on float32 tensors."""
+        given = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **given)
+        with torch.autocast("cpu", enabled=False):
+            return func(*map(_float32, args), **{name: _float32(value) for name, value in given.items()})
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@contextmanager
+def _bf16_on_cpu() -> Iterator[None]:
+    with torch.autocast("cpu", dtype=torch.bfloat16), Float32Attention():
+        yield
 
 
 def repeatable_arithmetic() -> None:
@@ -24,6 +53,11 @@ def repeatable_arithmetic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     # A collapsed model computes in denormal numbers, ten times slower on a CPU.
     torch.set_flush_denormal(True)
+
+
+def mixed(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Forward passes in bf16 on a kind of device: weights, optimizer and what is sensitive stay float32."""
+    return _bf16_on_cpu if device == "cpu" else partial(torch.autocast, device, dtype=torch.bfloat16)
 
 
 class Runtime:
@@ -63,6 +97,4 @@ class Runtime:
             )
         self.split = processes() > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP")
         bf16 = run.precision == "bf16" or (run.precision == "auto" and self.device.type == "cuda")
-        self.autocast: Callable[[], AbstractContextManager[Any]] = (
-            partial(torch.autocast, self.device.type, dtype=torch.bfloat16) if bf16 else nullcontext
-        )
+        self.autocast: Callable[[], AbstractContextManager[Any]] = mixed(self.device.type) if bf16 else nullcontext

@@ -172,7 +172,7 @@ class Run(Params):
 
     Attributes:
         device: ``auto`` takes CUDA when there.
-        precision: of the forward passes in training; ``auto``: bf16 on CUDA, else fp32.
+        precision: of the forward passes for gradients; ``auto``: bf16 on CUDA, else fp32.
         threads: CPU threads; part of the settings because the last bit of a sum depends on it.
     """
 

@@ -202,7 +202,8 @@ class Keeper:
         else:
             picks = self._draw(self._sample, self._task.generator("retain", number))
         self.passes += len(picks)
-        return mean_gradient(self._task.model, self.pool, picks, max_records=self._gradient_batch)
+        task, batch = self._task, self._gradient_batch
+        return mean_gradient(task.model, self.pool, picks, max_records=batch, autocast=task.autocast)
 
     def repair(self, number: int) -> None:
         """Small steps back to what the teacher says to these records: KL(teacher ‖ θ)."""

@@ -8,6 +8,7 @@ which is two and more times faster than padded full logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -282,6 +283,7 @@ def mean_gradient(
     *,
     max_tokens: int = 8192,
     max_records: int = 128,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, Tensor]:
     """Mean over records of the gradient of each record's answer cross-entropy.
 
@@ -294,6 +296,7 @@ def mean_gradient(
         picks: indices into ``examples``, at least one.
         max_tokens: padded tokens a batch at the most.
         max_records: records a batch at the most; bounds the memory of the backward pass.
+        autocast: context for the forward passes (mixed precision).
 
     Returns:
         Parameter name -> gradient, for every parameter that requires one.
@@ -310,7 +313,9 @@ def mean_gradient(
         records = [chosen[i] for i in part]
         batch = collate(examples, records, device=device)
         per_label = torch.tensor([1.0 / examples[i].answer_length for i in records], device=device)[batch.rows]
-        nll = nn.functional.cross_entropy(answer_logits(model, batch).float(), batch.targets, reduction="none")
+        with autocast():
+            logits = answer_logits(model, batch).float()
+        nll = nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         ((nll * per_label).sum() / len(chosen)).backward()
     average_gradients_(model.parameters())
     gradient = {

@@ -86,7 +86,7 @@ class MaskedTraining:
             picks, count = list(range(len(task.retain))), p.sample_size(len(task.forget))
             if count is not None:
                 picks = torch.randint(len(task.retain), (count,), generator=task.generator("retain")).tolist()
-            gradient = mean_gradient(task.model, task.retain, picks, max_records=p.batch_size)
+            gradient = mean_gradient(task.model, task.retain, picks, max_records=p.batch_size, autocast=task.autocast)
             sampling = task.generator("ternary")
             self.g_r, self.passes = stored_gradient(gradient, p, generator=sampling, group=task.shards), len(picks)
         self.old: dict[str, Tensor] = {}

@@ -92,7 +92,7 @@ def attribution_mask(task: Task, params: WagleParams, loss: Loss) -> tuple[dict[
     retain, gamma = None, 1.0
     if params.retain_batch and params.retain_weight:
         picks = torch.randperm(len(task.retain), generator=task.generator("attribution"))[:count].tolist()
-        retain, passes = mean_gradient(task.model, task.retain, picks), passes + count
+        retain, passes = mean_gradient(task.model, task.retain, picks, autocast=task.autocast), passes + count
         if params.curvature is None:
             gamma, passes = mean_curvature(task, picks, batch_size=params.batch_size), passes + count
         else:
@@ -145,6 +145,7 @@ def mean_curvature(task: Task, picks: list[int], *, batch_size: int) -> float:
     generator, total, batches = task.generator("curvature"), 0.0, 0
     for start in range(0, len(picks), batch_size):
         batch = collate(task.retain, picks[start : start + batch_size], device=device)
-        estimate = gauss_newton_bartlett(task.model, batch, parameters, generator=generator)
+        with task.autocast():
+            estimate = gauss_newton_bartlett(task.model, batch, parameters, generator=generator)
         total, batches = total + sum(float(h.sum()) for h in estimate), batches + 1
     return max(LEAST_CURVATURE, total / batches / sum(p.numel() for p in parameters))
