@@ -22,6 +22,7 @@ from typing import Any
 import click
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from alkn.core.scoring import Example, mean_gradient, score
 from alkn.core.task_vector import TaskVector
@@ -190,11 +191,6 @@ def our_job(task: Task, hp: Hyperparameters, k: float) -> None:
     )  # fmt: skip
 
 
-def flat(task: Task) -> torch.Tensor:
-    """A copy of all weights, one after another."""
-    return torch.cat([w.detach().reshape(-1) for w in task.weights().values()])
-
-
 def bench_loop(repeats: int, epochs: int) -> None:
     """Our loop against the padded, full-logits, dense-label one of :mod:`flows.bench_reference`."""
     hp = Hyperparameters(lr=5e-4, epochs=epochs, batch_size=32, clip=1.0)
@@ -208,14 +204,14 @@ def bench_loop(repeats: int, epochs: int) -> None:
     }
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     weights: dict[str, torch.Tensor] = {}
-    begun = flat(start)
+    begun = parameters_to_vector(start.weights().values()).detach()
     for _ in range(repeats):
         for name, job in jobs.items():
             task = copy.deepcopy(start)
             began = time.process_time()
             job(task)
             seconds[name].append(time.process_time() - began)
-            weights[name] = flat(task)
+            weights[name] = parameters_to_vector(task.weights().values()).detach()
     steps = epochs * 3
     click.echo(f"\n## A job of {steps} steps with its preparation, 1.0 M parameters, batch 32, 80 + 80 records\n")
     click.echo(

@@ -9,18 +9,20 @@ import torch
 from alkn_cases import PRESETS
 from baseline_cases import SHORT, SMALL
 from method_cases import NEVER, task_of
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parameters_to_vector
 from transformers import PreTrainedModel
 
 from alkn import registry
 from alkn.core.scoring import mean_gradient
 from alkn.runtime import mixed
 
+SIX_STEPS = {"decay_steps": 6, "steps": 6, "rehearsal": 12, "rehearsal_batch": 6, "check_every": 3}
 IN_SMALL: dict[str, dict[str, Any]] = {
-    "interleaved": {"decay_steps": 6, "steps": 6, "rehearsal": 12, "rehearsal_batch": 6, "check_every": 3},
-    "resistant": {"decay_steps": 6, "steps": 6, "rehearsal": 12, "rehearsal_batch": 6, "check_every": 3},
+    "interleaved": SIX_STEPS,
+    "resistant": SIX_STEPS,
     "rounds": {"steps": 2, "retain_sample": 9, "epochs": 1},
 }
 CASES = [
@@ -35,7 +37,7 @@ def test_every_gradient_is_of_a_pass_in_bf16(name: str, given: dict[str, Any], m
     refusal = memorised.second[0].tokens[memorised.second[0].answer_start :]
     task = task_of(memorised, stop=NEVER, rest=memorised.second, refusals=[refusal], autocast=mixed("cpu"))
     entry = registry.methods[name]
-    short = {key: 6 for key in ("steps",) if key in entry.params.model_fields and name not in SHORT and not given}
+    steps = {"steps": 6} if "steps" in entry.params.model_fields and name != "alkn" else {}
     passes: list[tuple[bool, bool, bool]] = []
 
     def passed(module: nn.Module, _: object, said: Any) -> None:
@@ -45,7 +47,7 @@ def test_every_gradient_is_of_a_pass_in_bf16(name: str, given: dict[str, Any], m
         passes.append((learning, torch.is_autocast_enabled("cpu"), bool(said.last_hidden_state.isfinite().all())))
 
     hook = register_module_forward_hook(passed)
-    entry.call(task, entry.params(**SMALL.get(name, {}) | SHORT.get(name, {}) | short | given))
+    entry.call(task, entry.params(**steps | SMALL.get(name, {}) | SHORT.get(name, {}) | given))
     hook.remove()
     assert {inside for learning, inside, _ in passes if learning} == {True}
     assert not all(inside for learning, inside, _ in passes if not learning)
@@ -77,9 +79,6 @@ def test_attention_is_float32_and_the_rest_bf16(make_model: Any, make_examples: 
     for hook in hooks:
         hook.remove()
     whole = mean_gradient(model, make_examples(4), range(4))
-
-    def flat(gradient: dict[str, Tensor]) -> Tensor:
-        return torch.cat([g.flatten() for g in gradient.values()])
-
-    away = float((flat(half) - flat(whole)).norm() / flat(whole).norm())
+    found, wanted = (parameters_to_vector(gradient.values()) for gradient in (half, whole))
+    away = float((found - wanted).norm() / wanted.norm())
     assert 1e-4 < away < 2e-2, "rounded to eight bits, and no more than that"
